@@ -1,0 +1,79 @@
+"""Exact attention as a mergeable state, and the float64 yardstick every kernel is judged by.
+
+Attention over a set of tokens is the pair (out, lse). Two disjoint sets merge exactly, so sinks, the recent window,
+tiers and split-KV partials are all one thing: parts.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Attended(NamedTuple):
+    """Attention over one part of the cache.
+
+    out: [B, HQ, S, D], the softmax-weighted values of this part.
+    lse: [B, HQ, S] float32 or better, natural log of the sum of exp(logits) of this part.
+    """
+
+    out: Tensor
+    lse: Tensor
+
+
+def attend(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    causal: bool = False,
+) -> Attended:
+    """Attention of ``queries`` [B, HQ, S, D] over ``keys`` and ``values`` [B, H, T, D], computed in at least float32.
+
+    bias: added to the scaled (and capped) logits, broadcastable to [B, H, 1, T]; ``-inf`` evicts a token.
+    causal: the last S of the T tokens are the queries' own; each sees itself and what came before.
+    A part with no visible token returns out = 0 and lse = -inf, which merges as nothing.
+    """
+    scores = logits(queries, keys, scale=scale, softcap=softcap)  # [B, H, G, S, T]
+    if bias is not None:
+        scores = scores + bias.reshape(*bias.shape[:2], 1, 1, bias.shape[-1])
+    if causal:
+        S, T = scores.shape[-2:]
+        hidden = torch.ones(S, T, dtype=torch.bool, device=scores.device).triu_(T - S + 1)
+        scores = scores.masked_fill(hidden, -torch.inf)
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse[..., None]).nan_to_num_(nan=-torch.inf).exp()
+    out = weights @ values[:, :, None].to(weights.dtype)  # [B, H, G, S, D]
+    return Attended(out.flatten(1, 2), lse.flatten(1, 2))
+
+
+def logits(queries: Tensor, keys: Tensor, *, scale: float, softcap: float | None = None) -> Tensor:
+    """Scaled, capped logits [B, H, G, S, T] of ``queries`` [B, HQ, S, D] against ``keys`` [B, H, T, D]."""
+    B, HQ, S, D = queries.shape
+    H = keys.shape[1]
+    dtype = torch.promote_types(torch.promote_types(queries.dtype, keys.dtype), torch.float32)
+    grouped = queries.reshape(B, H, HQ // H, S, D).to(dtype)
+    scores = grouped @ keys[:, :, None].to(dtype).mT * scale
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def merge(*parts: Attended) -> Attended:
+    """Attention over the union of disjoint parts; exact."""
+    lse = torch.stack([part.lse for part in parts]).logsumexp(0)
+    out = sum(part.out * weight(part, lse)[..., None] for part in parts)
+    assert isinstance(out, Tensor)
+    return Attended(out, lse)
+
+
+def weight(part: Attended, lse: Tensor) -> Tensor:
+    """The share of the softmax that falls on ``part``, [B, HQ, S], given the ``lse`` of the whole."""
+    return (part.lse - lse).exp().nan_to_num(nan=0.0)  # -inf - -inf: nothing of nothing
+
+
+def relative_error(found: Tensor, exact: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
+    """Relative L2 error ||found - exact|| / ||exact||, over ``dim`` or everything, in float64."""
+    exact = exact.double()
+    return torch.linalg.vector_norm(found.double() - exact, dim=dim) / torch.linalg.vector_norm(exact, dim=dim)

@@ -1,0 +1,204 @@
+"""The artifact: one safetensors file that says how a cache is compressed. docs/artifact.md is its specification.
+
+Tensors are named ``layers.<i>.<field>``, or ``<field>`` when layers share them; ``__metadata__["kvtool"]`` is one JSON
+object, the ``Header`` below. A reader refuses what does not fit, naming tensor, expected and found.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+import kvtool
+from kvtool.errors import CalibrationError
+from kvtool.methods import make_method
+from kvtool.methods.base import LayerCalibration, Method
+from kvtool.shapes import CacheShape
+
+FORMAT = 1
+
+
+class CachePolicy(BaseModel):
+    """What the runtime keeps exact, whatever the method: counted in every figure.
+
+    sinks: first tokens. window: most recent tokens. exact_layers: layers left alone.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sinks: int = Field(4, ge=0)
+    window: int = Field(128, ge=0)
+    exact_layers: tuple[int, ...] = ()
+
+
+class Header(BaseModel):
+    """The JSON object in the file's metadata. Keys a reader does not know are kept."""
+
+    model_config = ConfigDict(extra="allow")
+
+    format: Literal[1]
+    method: str
+    options: dict[str, Any]
+    shape: CacheShape
+    policy: CachePolicy
+    provenance: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A method, the tensors fitted for it, and where both come from."""
+
+    method: Method
+    shape: CacheShape
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    policy: CachePolicy = CachePolicy()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def layer(self, index: int) -> LayerCalibration:
+        """The share of layer ``index``."""
+        prefix = f"layers.{index}."
+        own = {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
+        shared = {name: t for name, t in self.tensors.items() if not name.startswith("layers.")}
+        return LayerCalibration(index, self.shape.layers[index], self.shape.rope(index), shared | own)
+
+    def to(self, device: torch.device | str) -> "Calibration":
+        """The same calibration with its tensors on ``device``."""
+        return replace(self, tensors={name: tensor.to(device) for name, tensor in self.tensors.items()})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the fitted tensors, shared by every sequence that is served."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of method, options, policy, shape and tensors; not of when and where they were made."""
+        digest = hashlib.sha256()
+        digest.update(json.dumps([self.method.name, asdict(self.method), self.policy.model_dump()]).encode())
+        digest.update(self.shape.model_dump_json().encode())
+        for name in sorted(self.tensors):
+            digest.update(name.encode())
+            digest.update(self.tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def check_fits(self, shape: CacheShape, model: str) -> None:
+        """Refuse a model this artifact was not made for.
+
+        Raises:
+            CalibrationError: with the first difference of shape.
+        """
+        difference = self.shape.difference(shape)
+        if difference:
+            made_for = self.provenance.get("model", "another model")
+            raise CalibrationError(
+                f"artifact made for {made_for} does not fit {model}: {difference}; "
+                "capture and calibrate with the model you serve"
+            )
+
+    def save(self, path: Path) -> Path:
+        """Write to ``path`` atomically: a file beside it, then a rename. Returns the path.
+
+        Raises:
+            CalibrationError: the tensors are not those of the method's schema, or the disk refuses.
+        """
+        _check_schema(str(path), self.method, self.shape, self.tensors)
+        header = Header(
+            format=1,
+            method=self.method.name,
+            options=asdict(self.method),
+            shape=self.shape,
+            policy=self.policy,
+            provenance={"kvtool": kvtool.__version__, "created": _now(), **self.provenance},
+        )
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
+        # a file with no tensors is not a valid safetensors file for every reader
+        tensors = tensors or {"empty": torch.zeros(1, dtype=torch.uint8)}
+        handle = -1
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            os.close(handle)
+            try:
+                save_file(tensors, beside, {"format": "pt", "kvtool": header.model_dump_json()})
+                os.replace(beside, path)
+            except BaseException:
+                Path(beside).unlink(missing_ok=True)
+                raise
+        except (OSError, SafetensorError) as error:
+            raise CalibrationError(f"{path}: cannot write the artifact: {error}") from error
+        return path
+
+    @classmethod
+    def load(cls, path: Path) -> "Calibration":
+        """Read and check an artifact.
+
+        Raises:
+            CalibrationError: not an artifact, an unknown format or method, a tensor that differs from the schema,
+                or a value that is not finite.
+        """
+        header = read_header(path)
+        method = make_method(header.method, header.options, where=str(path))
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys() if name != "empty"}
+        _check_schema(str(path), method, header.shape, tensors)
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise CalibrationError(f"{path}: {name}: expected finite numbers, found NaN or infinity; fit it again")
+        return cls(method, header.shape, tensors, header.policy, header.provenance)
+
+
+def read_header(path: Path) -> Header:
+    """The header of an artifact, without its tensors.
+
+    Raises:
+        CalibrationError: with the reason it is not one.
+    """
+    if not path.is_file():
+        raise CalibrationError(f"{path}: expected a calibration artifact (.safetensors), found nothing there")
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get("kvtool")
+    except (SafetensorError, OSError) as error:
+        raise CalibrationError(f"{path}: not a readable safetensors file ({error}); fit it again") from error
+    if text is None:
+        raise CalibrationError(f"{path}: a safetensors file, but not a kvtool artifact (no 'kvtool' metadata)")
+    try:
+        raw = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CalibrationError(f"{path}: the 'kvtool' metadata is not JSON ({error}); fit it again") from error
+    found = raw.get("format") if isinstance(raw, dict) else None
+    if found != FORMAT:
+        raise CalibrationError(f"{path}: expected format {FORMAT}, found {found}; upgrade kvtool or fit it again")
+    try:
+        return Header.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise CalibrationError(f"{path}: metadata {where}: {first['msg']}; fit it again") from error
+
+
+def _check_schema(where: str, method: Method, shape: CacheShape, tensors: Mapping[str, Tensor]) -> None:
+    schema = method.schema(shape)
+    for name in sorted(schema.keys() | tensors.keys()):
+        if name not in schema:
+            raise CalibrationError(f"{where}: {name}: a tensor that {method.name} does not have; fit it again")
+        if name not in tensors:
+            raise CalibrationError(f"{where}: {name}: expected {schema[name]}, found nothing; fit it again")
+        mismatch = schema[name].mismatch(tensors[name])
+        if mismatch:
+            raise CalibrationError(f"{where}: {name}: {mismatch}; fit it again")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

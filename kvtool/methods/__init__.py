@@ -1,0 +1,42 @@
+"""The registry of methods: one dict, and everything else derives from it."""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from kvtool.errors import MethodOptionError
+from kvtool.methods.base import Method
+from kvtool.methods.exact import Exact
+
+METHODS: dict[str, type[Method]] = {
+    "exact": Exact,
+}
+
+
+def make_method(name: str, options: Mapping[str, Any] | None = None, *, where: str = "--method") -> Method:
+    """The method ``name`` with ``options``; strings are parsed as the option's type.
+
+    Raises:
+        MethodOptionError: unknown method or option (the nearest name is suggested), or a value out of range.
+    """
+    if name not in METHODS:
+        raise MethodOptionError(f"{where}: no method '{name}'; {_suggest(name, METHODS)}")
+    method, options = METHODS[name], dict(options or {})
+    known = list(method.__dataclass_fields__)
+    for option in options:
+        if option not in known:
+            raise MethodOptionError(f"{where}: {name} has no option '{option}'; {_suggest(option, known)}")
+    try:
+        return method(**options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = ".".join(map(str, first["loc"])) or "options"
+        message = str(first["msg"]).removeprefix("Value error, ")
+        raise MethodOptionError(f"{where}: {name} {option}={first['input']!r}: {message}") from error
+
+
+def _suggest(word: str, known: Any) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"did you mean '{near[0]}'?" if near else "there are: " + ", ".join(sorted(known))
