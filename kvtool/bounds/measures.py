@@ -1,0 +1,127 @@
+"""The quantities a claim may speak of: each measured on held-out tokens, per KV head and case.
+
+A measure returns [H, N]: one number per head and case, a case being a token unless said otherwise. The claim's kind
+says how cases are judged: their maximum (always), their mean (expected) or the share of ones (probability).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvtool import attention
+from kvtool.methods.base import Decompressed, LayerCalibration, Method, nbytes
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One layer of a held-out stretch of text, and what the method made of it.
+
+    keys, values: [H, T, D] float32, as captured. queries: [HQ, S, D] float32 from the end of the text, or None.
+    kv: the compressed form; decoded: what attention sees of it, [1, H, T, D].
+    """
+
+    method: Method
+    layer: LayerCalibration
+    keys: Tensor
+    values: Tensor
+    queries: Tensor | None
+    positions: Tensor
+    kv: Any
+    decoded: Decompressed
+
+    @property
+    def kept(self) -> Tensor:
+        """Tokens that were not evicted, bool [H, T]."""
+        if self.decoded.bias is None:
+            return torch.ones(self.keys.shape[:2], dtype=torch.bool)
+        return self.decoded.bias[0] > -torch.inf
+
+
+Measure = Callable[[Evidence], Tensor]
+
+
+def key_nmse(evidence: Evidence) -> Tensor:
+    """||k - k^||^2 / ||k||^2 of each token."""
+    return _nmse(evidence.decoded.keys[0], evidence.keys)
+
+
+def value_nmse(evidence: Evidence) -> Tensor:
+    """||v - v^||^2 / ||v||^2 of each token."""
+    return _nmse(evidence.decoded.values[0], evidence.values)
+
+
+def inner_product_nmse(evidence: Evidence) -> Tensor:
+    """(q.k - q.k^)^2 / (||q||^2 ||k||^2) of each token, averaged over the queries of its group."""
+    queries = _grouped(evidence)
+    queries = queries / queries.norm(dim=-1, keepdim=True)
+    errors = queries @ (evidence.decoded.keys[0] - evidence.keys).mT  # [H, G*S, T]
+    return errors.square().mean(1) / evidence.keys.square().sum(-1)
+
+
+def inner_product_bias(evidence: Evidence) -> Tensor:
+    """|slope - 1| of q.k^ against q.k over all pairs of a head; [H, 1]."""
+    queries = _grouped(evidence)
+    exact = queries @ evidence.keys.mT
+    found = queries @ evidence.decoded.keys[0].mT
+    return ((found * exact).sum((1, 2)) / exact.square().sum((1, 2)) - 1).abs()[:, None]
+
+
+def logit_mse(evidence: Evidence) -> Tensor:
+    """Squared error of the scaled logits of each token, nats squared, averaged over the queries of its group.
+
+    The mean error of a query is taken out: softmax does not see it.
+    """
+    errors = _grouped(evidence) @ (evidence.decoded.keys[0] - evidence.keys).mT * evidence.layer.shape.scale
+    return (errors - errors.mean(-1, keepdim=True)).square().mean(1)
+
+
+def output_error(evidence: Evidence) -> Tensor:
+    """Relative error of the attention output over the held-out tokens; a case is a query of the group: [H, G*S]."""
+    queries = _queries(evidence)[None]
+    shape = evidence.layer.shape
+    exact = attention.attend(
+        queries, evidence.keys[None], evidence.values[None], scale=shape.scale, softcap=shape.softcap
+    )
+    found = evidence.method.attend(
+        queries, evidence.kv, evidence.layer, positions=evidence.positions, scale=shape.scale, softcap=shape.softcap
+    )
+    error = attention.relative_error(found.out, exact.out, dim=-1)[0].float()  # [HQ, S]
+    return error.unflatten(0, (shape.num_kv_heads, shape.group)).flatten(1)
+
+
+def bits_per_value(evidence: Evidence) -> Tensor:
+    """Bits stored per cached number, side information and padding included; [H, 1]."""
+    bits = 8 * nbytes(evidence.kv) / (2 * evidence.keys.numel())
+    return torch.full((evidence.keys.shape[0], 1), bits)
+
+
+MEASURES: dict[str, Measure] = {
+    measure.__name__: measure
+    for measure in (
+        key_nmse,
+        value_nmse,
+        inner_product_nmse,
+        inner_product_bias,
+        logit_mse,
+        output_error,
+        bits_per_value,
+    )
+}
+
+
+def _nmse(found: Tensor, exact: Tensor) -> Tensor:
+    return (found.float() - exact).square().sum(-1) / exact.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _queries(evidence: Evidence) -> Tensor:
+    if evidence.queries is None:
+        raise ValueError("this measure needs queries")
+    return evidence.queries
+
+
+def _grouped(evidence: Evidence) -> Tensor:
+    """Queries by the KV head they read, [H, G*S, D]."""
+    return _queries(evidence).unflatten(0, (evidence.keys.shape[0], -1)).flatten(1, 2)
