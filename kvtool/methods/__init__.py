@@ -7,11 +7,17 @@ from typing import Any
 from pydantic import ValidationError
 
 from kvtool.errors import MethodOptionError
+from kvtool.methods.affine import Affine
 from kvtool.methods.base import Method
 from kvtool.methods.exact import Exact
+from kvtool.methods.fp8 import Fp8
+from kvtool.methods.turboquant import TurboQuant
 
 METHODS: dict[str, type[Method]] = {
     "exact": Exact,
+    "fp8": Fp8,
+    "affine": Affine,
+    "turboquant": TurboQuant,
 }
 
 
@@ -22,12 +28,12 @@ def make_method(name: str, options: Mapping[str, Any] | None = None, *, where: s
         MethodOptionError: unknown method or option (the nearest name is suggested), or a value out of range.
     """
     if name not in METHODS:
-        raise MethodOptionError(f"{where}: no method '{name}'; {_suggest(name, METHODS)}")
+        raise MethodOptionError(f"{where}: no method '{name}'; {suggest(name, METHODS)}")
     method, options = METHODS[name], dict(options or {})
     known = list(method.__dataclass_fields__)
     for option in options:
         if option not in known:
-            raise MethodOptionError(f"{where}: {name} has no option '{option}'; {_suggest(option, known)}")
+            raise MethodOptionError(f"{where}: {name} has no option '{option}'; {suggest(option, known)}")
     try:
         return method(**options)
     except ValidationError as error:
@@ -37,6 +43,7 @@ def make_method(name: str, options: Mapping[str, Any] | None = None, *, where: s
         raise MethodOptionError(f"{where}: {name} {option}={first['input']!r}: {message}") from error
 
 
-def _suggest(word: str, known: Any) -> str:
+def suggest(word: str, known: Any) -> str:
+    """``did you mean 'x'?`` for the nearest of ``known``, or what there is."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"did you mean '{near[0]}'?" if near else "there are: " + ", ".join(sorted(known))
