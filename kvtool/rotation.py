@@ -46,7 +46,7 @@ def matrix(rotation: Tensor) -> Tensor:
     H, R, D = rotation.shape
     pi = torch.eye(D, device=rotation.device).expand(H, D, D)
     for i in range(R):
-        pi = _hadamard(D, last=bool(i % 2)).to(rotation.device) @ (rotation[:, i, :, None].float() * pi)
+        pi = hadamard(D, last=bool(i % 2)).to(rotation.device) @ (rotation[:, i, :, None].float() * pi)
     return pi
 
 
@@ -65,7 +65,7 @@ def _rounds(dim: int) -> int:
 
 
 @lru_cache(maxsize=64)
-def _hadamard(dim: int, last: bool) -> Tensor:
+def hadamard(dim: int, last: bool) -> Tensor:
     """The normalised Hadamard matrix of the largest 2^k <= dim, on the first or last channels; identity elsewhere."""
     h = torch.ones(1, 1)
     while 2 * len(h) <= dim:
