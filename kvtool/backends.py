@@ -1,0 +1,85 @@
+"""Which code attends over a compressed part: the method's own reference, or a kernel of the same signature."""
+
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from kvtool.attention import Attended
+from kvtool.errors import BackendError
+from kvtool.methods.base import LayerCalibration, Method
+
+BACKENDS = ("auto", "reference", "triton", "gluon")
+
+
+class Kernel(Protocol):
+    """``kernels/<method>.py`` offers ``attend`` with the reference's signature and ``method`` for ``self``."""
+
+    def attend(
+        self,
+        method: Method,
+        queries: Tensor,
+        kv: Any,
+        layer: LayerCalibration,
+        *,
+        positions: Tensor,
+        scale: float,
+        softcap: float | None = None,
+        gluon: bool = False,
+    ) -> Attended:
+        """Attention of ``queries`` [B, HQ, S, D] over one compressed part; ``gluon`` asks for the faster dialect."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A back end chosen for one method: its name is printed with every result."""
+
+    name: str
+    kernel: Kernel | None = None
+
+    def attend(
+        self,
+        method: Method,
+        queries: Tensor,
+        kv: Any,
+        layer: LayerCalibration,
+        *,
+        positions: Tensor,
+        scale: float,
+        softcap: float | None = None,
+    ) -> Attended:
+        """Attention of ``queries`` [B, HQ, S, D] over one compressed part."""
+        if self.kernel is None:
+            return method.attend(queries, kv, layer, positions=positions, scale=scale, softcap=softcap)
+        gluon = self.name == "gluon"
+        return self.kernel.attend(
+            method, queries, kv, layer, positions=positions, scale=scale, softcap=softcap, gluon=gluon
+        )
+
+
+def has_kernel(method: str) -> bool:
+    """Whether ``kernels/<method>.py`` exists; importing it needs Triton, this does not."""
+    return find_spec(f"kvtool.kernels.{method}") is not None
+
+
+def choose_backend(name: str, method: Method, device: torch.device) -> Backend:
+    """The back end ``name`` for ``method`` on ``device``; auto takes kernels on a GPU that can run them.
+
+    Raises:
+        BackendError: unknown name, no kernel for the method, or no GPU.
+    """
+    if name not in BACKENDS:
+        raise BackendError(f"--backend {name}: expected one of {', '.join(BACKENDS)}")
+    if name == "reference" or (name == "auto" and (device.type != "cuda" or not has_kernel(method.name))):
+        return Backend("reference")
+    if not has_kernel(method.name):
+        raise BackendError(f"--backend {name}: {method.name} has no kernel yet; use --backend reference")
+    if device.type != "cuda":
+        raise BackendError(f"--backend {name}: kernels need a GPU, found {device.type}; use --backend reference")
+    kernel: Any = import_module(f"kvtool.kernels.{method.name}")
+    if name == "auto":
+        name = "triton"
+    return Backend(name, kernel)

@@ -1,0 +1,411 @@
+"""Serve a model from its compressed cache: one transformers cache layer, one attention function, one context manager.
+
+A layer holds its tokens in two places. *Exact*: the sinks and the most recent tokens, in the model's dtype.
+*Compressed*: everything between, in whole blocks, as the method left it. A forward pass attends first and compresses
+what has left the window afterwards, so prefill attention is exact and the compressed tokens are read from then on.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from kvtool import attention
+from kvtool.attention import Attended
+from kvtool.backends import Backend, choose_backend
+from kvtool.calibration import CachePolicy, Calibration
+from kvtool.errors import ModelError
+from kvtool.methods.base import LayerCalibration, Method
+from kvtool.packing import PAGE
+from kvtool.parts import Parts
+
+# elements of one block of logits: 256 MiB in float32
+_LOGITS = 1 << 26
+
+
+@dataclass(frozen=True)
+class CacheBytes:
+    """What a cache costs, for the layers whose cache grows with the context.
+
+    compressed: bytes of the packed parts. exact: bytes of sinks, window and exact layers, as held.
+    values: numbers the cache stands for, 2 T H D summed over layers and sequences. tokens: length of the sequence.
+    exact_values: how many of them are held exactly. resident: all bytes allocated, spare capacity included.
+    """
+
+    compressed: int
+    exact: int
+    values: int
+    exact_values: int
+    resident: int
+    tokens: int
+
+    @property
+    def stored(self) -> int:
+        """Bytes that a 16-bit deployment stores: the packed parts as they are, exact tokens at 2 bytes a value.
+
+        On a CPU the model often runs in float32; counting its window at 4 bytes would charge the method for that.
+        """
+        return self.compressed + min(self.exact, 2 * self.exact_values)
+
+    @property
+    def bits_per_value(self) -> float:
+        """Stored bits over values; 16 for an uncompressed cache."""
+        return 8 * self.stored / self.values if self.values else 0.0
+
+
+class CompressedLayer(DynamicLayer):
+    """One layer's cache. ``keys`` and ``values`` are the exact tokens: sinks first, then the most recent."""
+
+    def __init__(self, method: Method, layer: LayerCalibration, policy: CachePolicy, backend: Backend) -> None:
+        super().__init__()
+        self.method, self.layer, self.policy, self.backend = method, layer, policy, backend
+        self._start_empty()
+
+    def _start_empty(self) -> None:
+        self.parts = Parts(growing=self.method.block is not None)
+        self.carry: Any = None
+        self.fresh: Tensor | None = None  # the keys update() last returned; attend() must be given the same
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Take in new tokens [B, H, S, D] and return them alone: attention reads the past from this layer."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = torch.cat([self.keys, key_states], -2) if self.keys.numel() else key_states
+        self.values = torch.cat([self.values, value_states], -2) if self.values.numel() else value_states
+        self.fresh = key_states
+        return key_states, value_states
+
+    def attend(self, queries: Tensor, *, scale: float, softcap: float | None) -> Tensor:
+        """Attention of the newest S tokens' ``queries`` [B, HQ, S, D] over everything; [B, HQ, S, D]."""
+        whole = self.backend.name == "reference" and type(self.method).attend is Method.attend
+        if not len(self.parts):
+            return exact_attention(queries, self.keys, self.values, scale=scale, softcap=softcap)
+        if whole:
+            return self._attend_whole(queries, scale=scale, softcap=softcap)
+        return self._attend_parts(queries, scale=scale, softcap=softcap).out.to(queries.dtype)
+
+    def _attend_whole(self, queries: Tensor, *, scale: float, softcap: float | None) -> Tensor:
+        # one softmax over the restored cache is the definition; with a lossless method it is the model's own
+        read = [self.method.decompress(kv, self.layer, positions=at) for kv, at in self.parts.read(self.keys.device)]
+        sinks = min(self.policy.sinks, self.keys.shape[-2])
+        dtype = read[0].keys.dtype
+        bias = None
+        if any(part.bias is not None for part in read):
+            nothing = torch.zeros((), device=self.keys.device)
+            shapes = [part.keys.shape[:-1] for part in read]
+            biases = [nothing.expand(s) if p.bias is None else p.bias for p, s in zip(read, shapes, strict=True)]
+            before, after = (nothing.expand(*self.keys.shape[:2], n) for n in (sinks, self.keys.shape[-2] - sinks))
+            bias = torch.cat([before, *biases, after], -1)
+        keys = torch.cat(
+            [self.keys[:, :, :sinks].to(dtype), *(p.keys for p in read), self.keys[:, :, sinks:].to(dtype)], 2
+        )
+        values = torch.cat(
+            [self.values[:, :, :sinks].to(dtype), *(p.values for p in read), self.values[:, :, sinks:].to(dtype)], 2
+        )
+        out = exact_attention(queries.to(dtype), keys, values, scale=scale, softcap=softcap, bias=bias)
+        return out.to(queries.dtype)
+
+    def _attend_parts(self, queries: Tensor, *, scale: float, softcap: float | None) -> Attended:
+        step = max(1, _LOGITS // (queries.shape[0] * queries.shape[1] * self.get_seq_length()))
+        S = queries.shape[2]
+        # the exact part is causal, so its queries cannot be split without shifting: it is small
+        merged = attention.attend(queries, self.keys, self.values, scale=scale, softcap=softcap, causal=True)
+        for kv, positions in self.parts.read(self.keys.device):
+            read = [
+                self.backend.attend(
+                    self.method,
+                    queries[:, :, i : i + step],
+                    kv,
+                    self.layer,
+                    positions=positions,
+                    scale=scale,
+                    softcap=softcap,
+                )
+                for i in range(0, S, step)
+            ]
+            part = Attended(torch.cat([r.out for r in read], 2), torch.cat([r.lse for r in read], 2))
+            merged = attention.merge(merged, part)
+        return merged
+
+    def settle(self, queries: Tensor | None) -> None:
+        """Compress what has left the window. ``queries`` [B, HQ, W, D] are the newest, for methods that read them."""
+        sinks, block = self.policy.sinks, self.method.block or PAGE
+        overflow = self.keys.shape[-2] - sinks - self.policy.window
+        # a method without blocks takes the whole prefill at once, whatever its length
+        count = overflow if self.method.block is None and not len(self.parts) else overflow // block * block
+        if count <= 0 or (self.method.block is None and overflow < block):
+            return
+        chosen = slice(sinks, sinks + count)
+        start = sinks + self.parts.tokens
+        kv, self.carry = self.method.compress(
+            self.keys[:, :, chosen],
+            self.values[:, :, chosen],
+            self.layer,
+            positions=torch.arange(start, start + count, device=self.keys.device),
+            queries=queries,
+            carry=self.carry,
+        )
+        self.parts.append(kv, start, count)
+        # copies, not views: the compressed tokens' memory is really given back
+        self.keys = torch.cat([self.keys[:, :, :sinks], self.keys[:, :, sinks + count :]], 2)
+        self.values = torch.cat([self.values[:, :, :sinks], self.values[:, :, sinks + count :]], 2)
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, exact and compressed."""
+        exact = self.keys.shape[-2] if self.is_initialized and self.keys.numel() else 0
+        return exact + self.parts.tokens
+
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        """Length and offset for mask creation; transformers before 5.6 passes positions rather than a count."""
+        count = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
+        return self.get_seq_length() + count, 0
+
+    def reset(self) -> None:
+        """Forget every token."""
+        self.keys = self.values = None
+        self.is_initialized = False
+        self._start_empty()
+
+    def crop(self, max_length: int) -> None:
+        """Drop the newest tokens: down to ``max_length``, or that many if negative.
+
+        Raises:
+            ModelError: the cut would reach into compressed blocks.
+        """
+        drop = -max_length if max_length < 0 else max(0, self.get_seq_length() - max_length)
+        recent = self.keys.shape[-2] - (self.policy.sinks if len(self.parts) else 0)
+        if drop > recent:
+            raise ModelError(
+                f"cannot drop {drop} tokens from the cache: only the {recent} most recent are held exactly; "
+                "calibrate with a larger --window"
+            )
+        if drop:
+            self.keys, self.values = self.keys[:, :, :-drop], self.values[:, :, :-drop]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow the beams."""
+        self._map_batch(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence."""
+        self._map_batch(lambda x: x.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some sequences."""
+        self._map_batch(lambda x: x[indices.to(x.device)])
+
+    def _map_batch(self, function: Any) -> None:
+        if not self.is_initialized:
+            return
+        self.keys, self.values = function(self.keys), function(self.values)
+        self.parts.map(function)
+        if isinstance(self.carry, tuple):
+            self.carry = type(self.carry)(*(function(x) for x in self.carry))
+        elif isinstance(self.carry, Tensor):
+            self.carry = function(self.carry)
+
+
+class CompressedCache(Cache):
+    """A transformers cache whose growing layers are compressed; pass it as ``past_key_values``."""
+
+    def __init__(self, model: PreTrainedModel, calibration: Calibration, *, backend: str = "auto") -> None:
+        self.calibration = calibration.to(model.device)
+        self.backend = choose_backend(backend, calibration.method, model.device)
+        layers = list(DynamicCache(config=model.config).layers)
+        chosen = set(calibration.shape.compressible) - set(calibration.policy.exact_layers)
+        for i in chosen:
+            layers[i] = CompressedLayer(calibration.method, self.calibration.layer(i), calibration.policy, self.backend)
+        super().__init__(layers=layers)
+
+    def compressed_layers(self) -> Iterator[tuple[int, CompressedLayer]]:
+        """Index and layer of every layer that is compressed."""
+        return ((i, layer) for i, layer in enumerate(self.layers) if isinstance(layer, CompressedLayer))
+
+    def adopt(self, prefill: "Prefill") -> None:
+        """Take over an exact cache as if prefilled here; what lies outside sinks and window is compressed."""
+        self.reset()
+        for i, (mine, theirs) in enumerate(zip(self.layers, prefill.cache.layers, strict=True)):
+            if not getattr(theirs, "is_initialized", False):
+                continue
+            if not isinstance(mine, CompressedLayer):
+                # a sliding layer counts what it has dropped: its state is more than its tensors
+                self.layers[i] = deepcopy(theirs)
+                continue
+            mine.update(theirs.keys, theirs.values)
+            mine.settle(prefill.queries.get(i))
+
+    def nbytes(self) -> CacheBytes:
+        """What the cache costs now."""
+        compressed = exact = values = exact_values = resident = 0
+        for i in self.calibration.shape.compressible:
+            layer = self.layers[i]
+            if not getattr(layer, "is_initialized", False):
+                continue
+            held = layer.keys.numel() + layer.values.numel()
+            size = layer.keys.element_size() * held
+            packed, spare = (layer.parts.nbytes, layer.parts.spare) if isinstance(layer, CompressedLayer) else (0, 0)
+            compressed, exact, exact_values = compressed + packed, exact + size, exact_values + held
+            values += held // max(1, layer.keys.shape[-2]) * layer.get_seq_length()
+            resident += packed + spare + size
+        return CacheBytes(compressed, exact, values, exact_values, resident, self.get_seq_length())
+
+    def bits_per_value(self) -> float:
+        """Stored bits per value, sinks, window and exact layers included."""
+        return self.nbytes().bits_per_value
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """An exact prefill: its cache, and the last queries [B, HQ, W, D] of each layer."""
+
+    cache: Cache
+    queries: dict[int, Tensor]
+
+
+def exact_prefill(model: PreTrainedModel, input_ids: Tensor, *, last_queries: int = 64, chunk: int = 0) -> Prefill:
+    """Prefill ``input_ids`` [B, T] with the model's own attention, in chunks of ``chunk`` tokens (0: all at once).
+
+    Keeps the last queries as well, so that a method may look at them when the cache is adopted.
+    """
+    queries: dict[int, Tensor] = {}
+
+    def record(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
+        seen = torch.cat([queries[module.layer_idx], query], 2) if module.layer_idx in queries else query
+        queries[module.layer_idx] = seen[:, :, -last_queries:].clone()
+        softcap = kwargs.get("softcap")
+        out = exact_attention(query, key, value, scale=_scale(module, kwargs), softcap=softcap, mask=mask)
+        return out.transpose(1, 2).contiguous(), None
+
+    cache = DynamicCache(config=model.config)
+    with _attention(model, "kvtool-prefill", record), torch.inference_mode():
+        for ids in input_ids.split(chunk or input_ids.shape[1], 1):
+            # the last position's logits alone: a whole prompt's would be the largest tensor of all
+            model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return Prefill(cache, queries)
+
+
+_served: dict[int, CompressedCache] = {}
+
+
+@contextmanager
+def serve(model: PreTrainedModel, calibration: Calibration, *, backend: str = "auto") -> Iterator[CompressedCache]:
+    """Within the context, ``model`` attends from the cache this yields; pass it as ``past_key_values``.
+
+    ``backend`` is auto, reference, triton or gluon. The model's own attention is restored on leaving.
+
+    Raises:
+        CalibrationError: the artifact was made for another shape.
+        ModelError: the model is being served already, or its attention does not go through transformers' interface.
+        BackendError: the back end asked for cannot run here.
+    """
+    from kvtool.models.geometry import cache_shape
+
+    calibration.check_fits(cache_shape(model), getattr(model, "name_or_path", "") or type(model).__name__)
+    cache = CompressedCache(model, calibration, backend=backend)
+    configs = {id(m.config) for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "config")}
+    if configs & _served.keys():
+        raise ModelError("this model is being served already; leave that context first")
+    _served.update(dict.fromkeys(configs, cache))
+    try:
+        with _attention(model, "kvtool", _serve_attention):
+            yield cache
+    finally:
+        for config in configs:
+            del _served[config]
+
+
+def _serve_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    layer = _served[id(module.config)].layers[module.layer_idx]
+    scale, softcap = _scale(module, kwargs), kwargs.get("softcap")
+    if kwargs.get("s_aux") is not None:
+        raise ModelError("attention with learned sink logits is not supported; serve this model uncompressed")
+    if not isinstance(layer, CompressedLayer):
+        out = exact_attention(query, key, value, scale=scale, softcap=softcap, mask=mask)
+    else:
+        if key is not layer.fresh:
+            raise ModelError("the model ran without kvtool's cache; pass past_key_values=cache inside serve()")
+        if mask is not None:
+            raise ModelError("custom attention masks are not supported with a compressed cache; drop attention_mask")
+        out = layer.attend(query, scale=scale, softcap=softcap)
+        layer.settle(query)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _causal_or_padded(*args: Any, **kwargs: Any) -> Tensor | None:
+    """No mask for full layers, which are causal by construction; sliding and chunked layers get theirs."""
+    if kwargs.get("local_size") is not None:
+        return sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False})
+    padding = kwargs.get("attention_mask")
+    if padding is not None and not padding.bool().all():
+        raise ModelError("padded batches are not supported with a compressed cache; batch prompts of equal length")
+    return None
+
+
+@contextmanager
+def _attention(model: PreTrainedModel, name: str, function: Any) -> Iterator[None]:
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, _causal_or_padded)
+    before = model.config._attn_implementation
+    try:
+        model.set_attn_implementation(name)
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _scale(module: Any, kwargs: dict[str, Any]) -> float:
+    scaling = kwargs.get("scaling")
+    return float(module.head_dim**-0.5 if scaling is None else scaling)
+
+
+def exact_attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Attention of ``queries`` [B, HQ, S, D], the last S tokens, over ``keys`` and ``values`` [B, H, T, D].
+
+    Causal unless ``mask`` (boolean, True where visible, broadcastable to [B, HQ, S, T]) says otherwise; ``bias``
+    [B, H, T] is added to the logits.
+    """
+    B, HQ, S, _ = queries.shape
+    H, T = keys.shape[1:3]
+    if mask is None and S > 1 and S < T:
+        mask = torch.ones(S, T, dtype=torch.bool, device=keys.device).tril_(T - S)
+    if bias is not None:
+        mask_bias = bias.to(queries.dtype).repeat_interleave(HQ // H, 1)[:, :, None]  # [B, HQ, 1, T]
+        hidden = _causal(S, T, keys.device) if mask is None and S > 1 else None if mask is None else ~mask
+        mask = mask_bias if hidden is None else mask_bias.masked_fill(hidden, -torch.inf)
+    if softcap is not None:
+        scores = attention.logits(queries, keys, scale=scale, softcap=softcap).flatten(1, 2)
+        if mask is None and S > 1:
+            mask = ~_causal(S, T, keys.device)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        weights = scores.softmax(-1).reshape(B, H, HQ // H, S, T)
+        return (weights @ values[:, :, None].to(weights.dtype)).flatten(1, 2).to(queries.dtype)
+    if mask is None:
+        gqa = HQ != H
+        return F.scaled_dot_product_attention(queries, keys, values, is_causal=S > 1, scale=scale, enable_gqa=gqa)
+    # grouped attention with a mask leaves the fast kernels, repeated heads do not
+    keys, values = (x.repeat_interleave(HQ // H, 1) for x in (keys, values))
+    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+
+
+def _causal(S: int, T: int, device: torch.device) -> Tensor:
+    return torch.ones(S, T, dtype=torch.bool, device=device).triu_(T - S + 1)
