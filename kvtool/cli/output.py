@@ -1,4 +1,4 @@
-"""stdout is data, stderr is talk: JSON lines when piped or asked for, a table on a terminal."""
+"""stdout is data, stderr is talk: a table, or JSON lines with ``--json``."""
 
 import json
 import sys
@@ -13,19 +13,25 @@ talk = Console(stderr=True, highlight=False)
 
 
 def emit(records: Sequence[dict[str, Any]], table: Callable[[], RenderableType], *, as_json: bool) -> None:
-    """Print ``records`` as JSON lines if ``--json`` was given or stdout is not a terminal, else the table."""
-    if as_json or not sys.stdout.isatty():
+    """Print ``records`` as JSON lines if ``--json`` was given, else the table."""
+    if as_json:
         for record in records:
             print(json.dumps(record, default=str))
     else:
-        # a table wider than the terminal is folded by rich; figures stay readable
-        Console(highlight=False).print(table())
+        # rich takes 80 columns where there is no terminal, and would fold figures that a file or a pager can hold
+        Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(table())
 
 
 @contextmanager
 def progress(description: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on stderr; yields ``report(done, total)``. Silent when stderr is not a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=talk, transient=True, disable=not talk.is_terminal) as bar:
         task = bar.add_task(description, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

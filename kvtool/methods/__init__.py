@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from pydantic import ValidationError
@@ -30,7 +31,7 @@ def make_method(name: str, options: Mapping[str, Any] | None = None, *, where: s
     if name not in METHODS:
         raise MethodOptionError(f"{where}: no method '{name}'; {suggest(name, METHODS)}")
     method, options = METHODS[name], dict(options or {})
-    known = list(method.__dataclass_fields__)
+    known = [field.name for field in fields(method)]
     for option in options:
         if option not in known:
             raise MethodOptionError(f"{where}: {name} has no option '{option}'; {suggest(option, known)}")
