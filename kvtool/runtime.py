@@ -64,6 +64,10 @@ class CacheBytes:
 class CompressedLayer(DynamicLayer):
     """One layer's cache. ``keys`` and ``values`` are the exact tokens: sinks first, then the most recent."""
 
+    keys: Tensor
+    values: Tensor
+    is_initialized: bool
+
     def __init__(self, method: Method, layer: LayerCalibration, policy: CachePolicy, backend: Backend) -> None:
         super().__init__()
         self.method, self.layer, self.policy, self.backend = method, layer, policy, backend
@@ -170,7 +174,7 @@ class CompressedLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Forget every token."""
-        self.keys = self.values = None
+        self.keys = self.values = torch.empty(0)
         self.is_initialized = False
         self._start_empty()
 
