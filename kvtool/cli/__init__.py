@@ -22,9 +22,7 @@ from kvtool import __version__
 from kvtool.errors import KvtoolError
 
 # in the order of the work: command, module, function, heading in --help
-COMMANDS = (
-    ("methods", "kvtool.cli.methods", "methods", "Look"),
-)
+COMMANDS = (("methods", "kvtool.cli.methods", "methods", "Look"),)
 
 
 class Stopped(KeyboardInterrupt):
@@ -39,13 +37,16 @@ class _Commands(TyperGroup):
         except KeyboardInterrupt as stop:
             _say(str(stop) or ("stopped by SIGTERM" if isinstance(stop, Stopped) else "interrupted"))
             raise typer.Exit(143 if isinstance(stop, Stopped) else 130) from None
+        except BrokenPipeError:
+            # typer would exit with 1, which is a failed check; main sees the pipe again when it flushes
+            raise typer.Exit from None
 
 
 app = typer.Typer(
     name="kvtool",
     cls=_Commands,
     help="Capture a model's KV cache, fit compression to it, verify what it claims, serve it compressed.",
-    epilog="Start with: `kvtool capture`, `kvtool calibrate --method turboquant`, `kvtool verify-bound`, `kvtool eval`.",
+    epilog="Start: `kvtool capture`, `kvtool calibrate --method turboquant`, `kvtool verify-bound`, `kvtool eval`.",
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

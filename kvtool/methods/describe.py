@@ -9,7 +9,13 @@ from pydantic import TypeAdapter
 from kvtool.errors import MethodOptionError
 from kvtool.methods import METHODS, suggest
 
-_BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<", "multipleOf": "multiple of"}
+_BOUNDS = {
+    "minimum": ">=",
+    "exclusiveMinimum": ">",
+    "maximum": "<=",
+    "exclusiveMaximum": "<",
+    "multipleOf": "multiple of",
+}
 
 
 @dataclass(frozen=True)
@@ -78,4 +84,6 @@ def _option(name: str, schema: dict[str, Any]) -> Option:
 def _type(kind: dict[str, Any]) -> str:
     if kind.get("type") == "array":
         return f"list of {_type(kind.get('items', {}))}"
-    return {"null": "none", "boolean": "true/false", "string": "word"}.get(kind.get("type", ""), kind.get("type", "any"))
+    return {"null": "none", "boolean": "true/false", "string": "word"}.get(
+        kind.get("type", ""), kind.get("type", "any")
+    )
