@@ -44,6 +44,11 @@ def attend(
         S, T = scores.shape[-2:]
         hidden = torch.ones(S, T, dtype=torch.bool, device=scores.device).triu_(T - S + 1)
         scores = scores.masked_fill(hidden, -torch.inf)
+    return from_logits(scores, values)
+
+
+def from_logits(scores: Tensor, values: Tensor) -> Attended:
+    """Attention with the final logits ``scores`` [B, H, G, S, T] over ``values`` [B, H, T, D], for estimators."""
     lse = scores.logsumexp(-1)
     weights = (scores - lse[..., None]).nan_to_num_(nan=-torch.inf).exp()
     out = weights @ values[:, :, None].to(weights.dtype)  # [B, H, G, S, D]
