@@ -1,0 +1,186 @@
+"""Pass keys: can the model still find a number that was hidden in its context?
+
+Wording and protocol are those for which the full cache of small models recalls every key: a 5-digit key in prose, a
+chat question, an answer begun by us. The context is compressed before the question is seen; the answer is generated
+greedily and must match token for token. ``multikey`` hides four labelled keys and asks for one.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from kvtool.errors import InputError
+from kvtool.evaluate.intervals import clopper_pearson
+
+DEPTHS = tuple(i / 10 for i in range(11))
+_SNAP = 80  # tokens that a needle moves back to stand after a sentence
+
+_INTRO = (
+    "A secret pass key is hidden within the following text. Make sure to memorize it. "
+    "I will quiz you about it afterwards.\n\n"
+)
+_NEEDLE = "\n\nThe secret pass key is: {key}. Remember it. The secret pass key is: {key}.\n\n"
+_QUESTION = "\n\nWhat is the secret pass key mentioned in the provided text?"
+_ANSWER = "The secret pass key is:"
+
+_MULTI_INTRO = (
+    "Several secret pass keys are hidden within the following text. Make sure to memorize them. "
+    "I will quiz you about one of them afterwards.\n\n"
+)
+_MULTI_NEEDLE = "\n\nThe secret pass key for {label} is: {key}.\n\n"
+_MULTI_QUESTION = "\n\nWhat is the secret pass key for {label} mentioned in the provided text?"
+_MULTI_ANSWER = "The secret pass key for {label} is:"
+_LABELS = (
+    "Lisbon", "Warsaw", "Kyoto", "Geneva", "Montreal", "Budapest", "Sophie", "Gregory", "Norman", "Beatrice",
+    "wolf", "salmon", "penguin", "turquoise", "maroon", "ladder", "piano", "wagon", "lagoon", "orchard",
+)  # fmt: skip
+_KEYS = 4
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One trial as token ids: ``context`` is compressed, then ``question`` is read, then ``answer`` is expected."""
+
+    context: list[int]
+    question: list[int]
+    answer: list[int]
+    depth: float
+    key: str
+
+
+class Outcome(NamedTuple):
+    """Whether the key came out, and by how much: the least margin of an answer token over the best other, in logits."""
+
+    hit: bool
+    margin: float
+
+
+class Recall(NamedTuple):
+    """Outcomes of all trials. low, high: Clopper-Pearson, 95 %. by_depth: depth to (hits, trials)."""
+
+    hits: int
+    trials: int
+    low: float
+    high: float
+    by_depth: dict[float, tuple[int, int]]
+    median_margin: float
+
+
+def make_prompts(
+    tokenizer: Any, haystack: Sequence[int], *, context: int, trials: int, seed: int, multikey: bool = False
+) -> list[Prompt]:
+    """``trials`` prompts of exactly ``context`` tokens, answer included, at depths from 0 to 1.
+
+    Raises:
+        InputError: the context is too short for the question, or the haystack for the context.
+    """
+    rng = random.Random(f"{seed} {context} {multikey}")
+    depths = [DEPTHS[i % 11] for i in range(trials)] if trials >= 11 else _spread(trials)
+    return [_prompt(tokenizer, haystack, context, depth, rng, multikey) for depth in depths]
+
+
+def answer(model: PreTrainedModel, cache: Cache, prompt: Prompt, *, chunk: int) -> Outcome:
+    """Read the question in chunks, then generate greedily for as long as the key's tokens come out."""
+    device = model.device
+    for ids in torch.tensor([prompt.question], device=device).split(chunk, 1):
+        logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+    margin = float("inf")
+    for i, token in enumerate(prompt.answer):
+        margin = min(margin, _margin(logits, token))
+        if margin <= 0:
+            return Outcome(False, margin)
+        if i + 1 < len(prompt.answer):
+            following = torch.tensor([[token]], device=device)
+            logits = model(following, past_key_values=cache, use_cache=True).logits[0, -1]
+    return Outcome(True, margin)
+
+
+def recall(prompts: Sequence[Prompt], outcomes: Sequence[Outcome]) -> Recall:
+    """The summary of all trials."""
+    by_depth: dict[float, tuple[int, int]] = {}
+    for prompt, outcome in zip(prompts, outcomes, strict=True):
+        hits, trials = by_depth.get(prompt.depth, (0, 0))
+        by_depth[prompt.depth] = (hits + outcome.hit, trials + 1)
+    hits = sum(outcome.hit for outcome in outcomes)
+    low, high = clopper_pearson(hits, len(outcomes))
+    margins = sorted(outcome.margin for outcome in outcomes)
+    return Recall(hits, len(outcomes), low, high, dict(sorted(by_depth.items())), margins[len(margins) // 2])
+
+
+def _margin(logits: Tensor, token: int) -> float:
+    wanted = logits[token].item()
+    others = logits.clone()
+    others[token] = -torch.inf
+    return wanted - others.max().item()
+
+
+def _spread(trials: int) -> list[float]:
+    return [0.5] if trials == 1 else [DEPTHS[round(10 * i / (trials - 1))] for i in range(trials)]
+
+
+def _prompt(
+    tokenizer: Any, haystack: Sequence[int], context: int, depth: float, rng: random.Random, multikey: bool
+) -> Prompt:
+    before, between = _chat(tokenizer)
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    key = str(rng.randint(10000, 99999))
+    needles = [(depth, _NEEDLE.format(key=key))]
+    intro, question, begun = _INTRO, _QUESTION, _ANSWER
+    if multikey:
+        labels = rng.sample(_LABELS, _KEYS)
+        others = [(rng.random(), label, str(rng.randint(10000, 99999))) for label in labels[1:]]
+        needles = [(d, _MULTI_NEEDLE.format(label=n, key=k)) for d, n, k in [(depth, labels[0], key), *others]]
+        intro, question, begun = _MULTI_INTRO, _MULTI_QUESTION, _MULTI_ANSWER
+        question, begun = question.format(label=labels[0]), begun.format(label=labels[0])
+    head, tail = encode(before + intro), encode(question + between + begun)
+    expected = encode(begun + " " + key)[len(encode(begun)) :]
+    hidden = [(d, encode(text)) for d, text in needles]
+    room = context - len(head) - len(tail) - len(expected) - sum(len(ids) for _, ids in hidden)
+    if room < 1:
+        raise InputError(f"--passkey-context {context}: the question alone takes {context - room} tokens; use more")
+    if room > len(haystack):
+        raise InputError(
+            f"--passkey-context {context}: the haystack has only {len(haystack)} tokens; name a longer --haystack"
+        )
+    start = rng.randrange(len(haystack) - room + 1)
+    hay = list(haystack[start : start + room])
+    return Prompt(head + _hide(tokenizer, hay, hidden), tail, expected, depth, key)
+
+
+def _chat(tokenizer: Any) -> tuple[str, str]:
+    """What stands before the user's words and between them and the answer."""
+    if not getattr(tokenizer, "chat_template", None):
+        return "", "\n"
+    mark = "@kvtool@"
+    messages = [{"role": "user", "content": mark}]
+    whole = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    before, _, between = whole.partition(mark)
+    return before, between
+
+
+def _hide(tokenizer: Any, hay: list[int], hidden: Sequence[tuple[float, list[int]]]) -> list[int]:
+    """The haystack with the needles at their depths, each moved back to the end of a sentence if one is near."""
+    placed = sorted((_after_sentence(tokenizer, hay, round(depth * len(hay))), ids) for depth, ids in hidden)
+    ids, position = [], 0
+    for cut, needle in placed:
+        ids += hay[position:cut] + needle
+        position = cut
+    return ids + hay[position:]
+
+
+def _after_sentence(tokenizer: Any, hay: list[int], cut: int) -> int:
+    if cut in (0, len(hay)):
+        return cut
+    for j in range(cut, max(0, cut - _SNAP), -1):
+        if tokenizer.decode([hay[j - 1]]).rstrip().endswith((".", "!", "?")):
+            return j
+    return cut

@@ -1,0 +1,191 @@
+"""The whole evaluation: every contestant on the same segments and the same prompts, one row each."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from kvtool.errors import InputError
+from kvtool.evaluate import rows as row
+from kvtool.evaluate.contestants import Contestant
+from kvtool.evaluate.kld import drift
+from kvtool.evaluate.measure import Tally, problems, score_segment, take_segments
+from kvtool.evaluate.passkey import Outcome, answer, make_prompts, recall
+from kvtool.evaluate.reference import PREFILL_CHUNK, Store, fork, segments
+from kvtool.evaluate.rows import Row
+from kvtool.models import LoadedModel
+from kvtool.runtime import CacheBytes, exact_prefill, serve
+
+TASKS = ("kld", "passkey", "multikey")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is measured and how; part of every row.
+
+    prefix: tokens compressed before scoring. score: tokens scored after them. segments: stretches of text.
+    chunk: tokens scored in one forward pass; within it they see each other exactly, afterwards as the cache keeps them.
+    """
+
+    tasks: tuple[str, ...] = ("kld", "passkey")
+    prefix: int = 2048
+    score: int = 512
+    segments: int = 8
+    chunk: int = 128
+    passkey_context: int = 4096
+    passkey_trials: int = 22
+    seed: int = 42
+    backend: str = "auto"
+
+
+class Corpus(NamedTuple):
+    """A text as tokens. sha256: of the text, so that two runs can be told to be comparable."""
+
+    name: str
+    sha256: str
+    ids: list[int]
+
+
+class Result(NamedTuple):
+    """rows: sorted by bits. problems: reasons not to believe them; any makes the run a failed check."""
+
+    rows: list[Row]
+    problems: list[str]
+
+
+def evaluate(
+    loaded: LoadedModel,
+    contestants: Sequence[Contestant],
+    protocol: Protocol,
+    *,
+    text: Corpus,
+    haystack: Corpus,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Result:
+    """Measure ``contestants``, the full cache among them, by ``protocol``.
+
+    Raises:
+        InputError: the text is too short, or nothing would be compressed.
+        CalibrationError: an artifact does not fit the model.
+    """
+    if all(one.calibration is None for one in contestants):
+        raise InputError("nothing to compare with the full cache; name a calibration or --baselines")
+    for one in contestants:
+        if one.calibration is not None:
+            one.calibration.check_fits(loaded.shape, loaded.name)
+    run = _Run(loaded, contestants, protocol, text, haystack, progress)
+    with torch.inference_mode():
+        if "kld" in protocol.tasks:
+            run.drift()
+        for task in protocol.tasks:
+            if task != "kld":
+                run.recall(task)
+    ordered = sorted(run.rows.values(), key=lambda row: (row["bits"], row["name"]))
+    row.mark_pareto(ordered)
+    return Result(ordered, run.problems)
+
+
+class _Run:
+    """The state of one evaluation: rows that fill up."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        contestants: Sequence[Contestant],
+        protocol: Protocol,
+        text: Corpus,
+        haystack: Corpus,
+        progress: Callable[[int, int], None],
+    ) -> None:
+        self.loaded, self.model, self.contestants, self.protocol = loaded, loaded.model, contestants, protocol
+        self.text, self.haystack, self.progress = text, haystack, progress
+        self.compressed = [one for one in contestants if one.calibration is not None]
+        tasks = {"kld": protocol.segments} | dict.fromkeys(TASKS[1:], protocol.passkey_trials)
+        self.total, self.done = sum(tasks[task] for task in protocol.tasks) * (1 + len(self.compressed)), 0
+        dtype, device = str(self.model.dtype).removeprefix("torch."), self.model.device
+        self.setting = {"model_fingerprint": loaded.fingerprint, "dtype": dtype, "device": device.type}
+        common = {"model": loaded.name, **self.setting, "text": text.name, "text_sha256": text.sha256}
+        common |= {"haystack": haystack.name, "haystack_sha256": haystack.sha256}
+        common |= asdict(protocol) | {"tasks": list(protocol.tasks), "versions": row.versions()}
+        del common["backend"]  # asked for; the row's own says which was chosen
+        self.rows: dict[str, Row] = {one.name: row.describe(one) | common for one in contestants}
+        self.problems: list[str] = []
+
+    def step(self) -> None:
+        self.done += 1
+        self.progress(self.done, self.total)
+
+    def drift(self) -> None:
+        """The task kld."""
+        protocol, model = self.protocol, self.model
+        length, bos = protocol.prefix + protocol.score + 1, self.loaded.tokenizer("")["input_ids"]
+        ids = take_segments(self.text.ids, count=protocol.segments, length=length, bos=bos)
+        what = {"task": "kld", "ids": _hash(ids.tolist()), "prefix": protocol.prefix, "chunk": protocol.chunk}
+        store = Store.of(**what, **self.setting)
+        tallies = {one.name: Tally() for one in self.compressed}
+        for segment in segments(model, ids.to(model.device), store, prefix=protocol.prefix, chunk=protocol.chunk):
+            self.step()
+            for one in self.compressed:
+                tally = tallies[one.name]
+                score_segment(model, one, segment, tally, chunk=protocol.chunk, backend=protocol.backend)
+                self.step()
+        for one in self.compressed:
+            tally = tallies[one.name]
+            size, measured = tally.nbytes, drift(tally.scores, protocol.prefix)
+            assert size is not None
+            self.rows[one.name] |= row.drift_row(measured) | row.tally_row(tally) | row.bytes_row(size)
+            self.problems += problems(one, tally)
+        for one in self.contestants:
+            if one.calibration is None:
+                assert size is not None
+                self.rows[one.name] |= row.full_row(measured) | row.bytes_row(size, compressed=False)
+
+    def recall(self, task: str) -> None:
+        """The tasks passkey and multikey. The full cache answers each prompt first; its answers are kept by hash."""
+        protocol, model = self.protocol, self.model
+        prompts = make_prompts(
+            self.loaded.tokenizer,
+            self.haystack.ids,
+            context=protocol.passkey_context,
+            trials=protocol.passkey_trials,
+            seed=protocol.seed,
+            multikey=task == "multikey",
+        )
+        store = Store.of(
+            task=task, prompts=_hash([asdict(prompt) for prompt in prompts]), chunk=protocol.chunk, **self.setting
+        )
+        outcomes: dict[str, list[Outcome]] = {one.name: [] for one in self.contestants}
+        sizes: dict[str, CacheBytes] = {}
+        full = []
+        for i, prompt in enumerate(prompts):
+            ids = torch.tensor([prompt.context], device=model.device)
+            prefill = exact_prefill(model, ids, chunk=PREFILL_CHUNK)
+            known = store.load(str(i))
+            if known is None:
+                outcome = answer(model, fork(prefill.cache), prompt, chunk=protocol.chunk)
+                store.save(str(i), {"outcome": torch.tensor([float(outcome.hit), outcome.margin], dtype=torch.float64)})
+            else:
+                outcome = Outcome(bool(known["outcome"][0]), known["outcome"][1].item())
+            full.append(outcome)
+            self.step()
+            for one in self.compressed:
+                assert one.calibration is not None
+                with serve(model, one.calibration, backend=protocol.backend) as cache:
+                    cache.adopt(prefill)
+                    sizes[one.name] = cache.nbytes()
+                    outcomes[one.name].append(answer(model, cache, prompt, chunk=protocol.chunk))
+                self.rows[one.name]["backend"] = cache.backend.name
+                self.step()
+        for one in self.contestants:
+            found = recall(prompts, full if one.calibration is None else outcomes[one.name])
+            self.rows[one.name] |= row.recall_row(task, found, sizes.get(one.name), protocol.passkey_context)
+            if "bits" not in self.rows[one.name]:
+                cost = sizes.get(one.name) or next(iter(sizes.values()))
+                self.rows[one.name] |= row.bytes_row(cost, compressed=one.calibration is not None)
+
+
+def _hash(what: Any) -> str:
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
