@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 # resolved on first use: importing torch alone takes longer than this package may
 _PUBLIC = {
     "Attended": "kvtool.attention",
-    "CachePolicy": "kvtool.calibration",
+    "CachePolicy": "kvtool.policy",
     "CacheShape": "kvtool.shapes",
     "Calibration": "kvtool.calibration",
     "Capture": "kvtool.capture",
@@ -28,10 +28,11 @@ __all__ = sorted([*_PUBLIC, "__version__"])
 
 if TYPE_CHECKING:
     from kvtool.attention import Attended, attend, merge
-    from kvtool.calibration import CachePolicy, Calibration
+    from kvtool.calibration import Calibration
     from kvtool.errors import KvtoolError
     from kvtool.methods import METHODS, make_method
     from kvtool.methods.base import Method
+    from kvtool.policy import CachePolicy
     from kvtool.shapes import CacheShape
 
 

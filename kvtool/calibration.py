@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -24,22 +24,12 @@ import kvtool
 from kvtool.errors import CalibrationError
 from kvtool.methods import make_method
 from kvtool.methods.base import LayerCalibration, Method
+from kvtool.policy import CachePolicy
 from kvtool.shapes import CacheShape
 
 FORMAT = 1
 
-
-class CachePolicy(BaseModel):
-    """What the runtime keeps exact, whatever the method: counted in every figure.
-
-    sinks: first tokens. window: most recent tokens. exact_layers: layers left alone.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    sinks: int = Field(4, ge=0)
-    window: int = Field(128, ge=0)
-    exact_layers: tuple[int, ...] = ()
+__all__ = ["FORMAT", "CachePolicy", "Calibration", "Header", "read_header"]
 
 
 class Header(BaseModel):

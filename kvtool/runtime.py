@@ -21,7 +21,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from kvtool import attention
 from kvtool.attention import Attended
 from kvtool.backends import Backend, choose_backend
-from kvtool.calibration import CachePolicy, Calibration
+from kvtool.calibration import Calibration
+from kvtool.policy import CachePolicy
 from kvtool.errors import ModelError
 from kvtool.methods.base import LayerCalibration, Method
 from kvtool.packing import PAGE
@@ -149,18 +150,19 @@ class CompressedLayer(DynamicLayer):
             return
         chosen = slice(sinks, sinks + count)
         start = sinks + self.parts.tokens
+        # copies, not views: the compressed tokens' memory is really given back
+        keys = torch.cat([self.keys[:, :, :sinks], self.keys[:, :, sinks + count :]], 2)
+        values = torch.cat([self.values[:, :, :sinks], self.values[:, :, sinks + count :]], 2)
         kv, self.carry = self.method.compress(
             self.keys[:, :, chosen],
             self.values[:, :, chosen],
             self.layer,
             positions=torch.arange(start, start + count, device=self.keys.device),
             queries=queries,
-            carry=self.carry,
+            carry=self.method.begin(queries, keys, values, self.layer, sinks=sinks, carry=self.carry),
         )
         self.parts.append(kv, start, count)
-        # copies, not views: the compressed tokens' memory is really given back
-        self.keys = torch.cat([self.keys[:, :, :sinks], self.keys[:, :, sinks + count :]], 2)
-        self.values = torch.cat([self.values[:, :, :sinks], self.values[:, :, sinks + count :]], 2)
+        self.keys, self.values = keys, values
 
     def get_seq_length(self) -> int:
         """Tokens seen, exact and compressed."""
@@ -257,7 +259,9 @@ class CompressedCache(Cache):
             size = layer.keys.element_size() * held
             packed, spare = (layer.parts.nbytes, layer.parts.spare) if isinstance(layer, CompressedLayer) else (0, 0)
             compressed, exact, exact_values = compressed + packed, exact + size, exact_values + held
-            values += held // max(1, layer.keys.shape[-2]) * layer.get_seq_length()
+            # not from what is held: without sinks and window it may be nothing
+            B, H, _, D = layer.keys.shape
+            values += 2 * B * H * D * layer.get_seq_length()
             resident += packed + spare + size
         return CacheBytes(compressed, exact, values, exact_values, resident, self.get_seq_length())
 

@@ -72,8 +72,8 @@ class Affine(Method):
         carry: Carry = None,
     ) -> tuple[AffineKV, Carry]:
         D = keys.shape[-1]
-        key_codes, *key_ranges = _encode(keys, self.k_bits, self.k_axis, self.k_group)
-        value_codes, *value_ranges = _encode(values, self.v_bits, self.v_axis, self.v_group)
+        key_codes, *key_ranges = encode(keys, self.k_bits, self.k_axis, self.k_group)
+        value_codes, *value_ranges = encode(values, self.v_bits, self.v_axis, self.v_group)
         kv = AffineKV(
             packing.pack_keys(key_codes, _widths(self.k_bits, D)),
             *key_ranges,
@@ -93,8 +93,8 @@ class Affine(Method):
         key_codes = packing.unpack_keys(kv.key_pages, _widths(self.k_bits, D), D)
         value_codes = packing.unpack_values(kv.value_pages, _widths(self.v_bits, D), D)
         return Decompressed(
-            _decode(key_codes, kv.key_scales, kv.key_minima, self.k_axis, self.k_group),
-            _decode(value_codes, kv.value_scales, kv.value_minima, self.v_axis, self.v_group),
+            decode(key_codes, kv.key_scales, kv.key_minima, self.k_axis, self.k_group),
+            decode(value_codes, kv.value_scales, kv.value_minima, self.v_axis, self.v_group),
         )
 
 
@@ -102,7 +102,7 @@ def _widths(bits: int, head_dim: int) -> list[int]:
     return [bits if bits <= 4 else 8] * packing.groups(head_dim)
 
 
-def _encode(x: Tensor, bits: int, axis: Axis, group: int) -> tuple[Tensor, Tensor, Tensor]:
+def encode(x: Tensor, bits: int, axis: Axis, group: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes uint8 [B, H, T, D], scales and minima float16, from ``x`` [B, H, T, D]."""
     grouped = _group(x.float(), axis, group)
     low, high = grouped.aminmax(dim=-1)
@@ -113,7 +113,8 @@ def _encode(x: Tensor, bits: int, axis: Axis, group: int) -> tuple[Tensor, Tenso
     return _ungroup(codes, axis, group, x.shape[-1]), _pack(scale, axis), _pack(low, axis)
 
 
-def _decode(codes: Tensor, scales: Tensor, minima: Tensor, axis: Axis, group: int) -> Tensor:
+def decode(codes: Tensor, scales: Tensor, minima: Tensor, axis: Axis, group: int) -> Tensor:
+    """The inverse of :func:`encode`: float32 [B, H, T, D]."""
     scale, low = (_unpack(ranges, axis).float()[..., None] for ranges in (scales, minima))
     return _ungroup(low + scale * _group(codes, axis, group), axis, group, codes.shape[-1])
 
