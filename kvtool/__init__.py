@@ -24,15 +24,36 @@ _PUBLIC = {
     "serve": "kvtool.runtime",
 }
 
-__all__ = sorted([*_PUBLIC, "__version__"])
+__all__ = [
+    "METHODS",
+    "Attended",
+    "CachePolicy",
+    "CacheShape",
+    "Calibration",
+    "Capture",
+    "KvtoolError",
+    "Method",
+    "__version__",
+    "attend",
+    "fit",
+    "load_model",
+    "make_method",
+    "merge",
+    "record",
+    "serve",
+]
 
 if TYPE_CHECKING:
     from kvtool.attention import Attended, attend, merge
     from kvtool.calibration import Calibration
+    from kvtool.capture import Capture, record
     from kvtool.errors import KvtoolError
+    from kvtool.fitting import fit
     from kvtool.methods import METHODS, make_method
     from kvtool.methods.base import Method
+    from kvtool.models import load_model
     from kvtool.policy import CachePolicy
+    from kvtool.runtime import serve
     from kvtool.shapes import CacheShape
 
 

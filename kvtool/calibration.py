@@ -52,7 +52,7 @@ class Calibration:
     method: Method
     shape: CacheShape
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    policy: CachePolicy = CachePolicy()
+    policy: CachePolicy = field(default_factory=CachePolicy)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def layer(self, index: int) -> LayerCalibration:
@@ -140,7 +140,8 @@ class Calibration:
         header = read_header(path)
         method = make_method(header.method, header.options, where=str(path))
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys() if name != "empty"}
+            names = set(file.keys()) - {"empty"}
+            tensors = {name: file.get_tensor(name) for name in sorted(names)}
         _check_schema(str(path), method, header.shape, tensors)
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not tensor.isfinite().all():

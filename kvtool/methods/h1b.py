@@ -142,7 +142,7 @@ class H1B(Method):
         return attention.from_logits(logits, self._values(kv, layer))
 
     def decompress(self, kv: H1BKV, layer: LayerCalibration, *, positions: Tensor) -> Decompressed:
-        """The best a dequantiser can do with the sketch: ||k|| times the mean direction of its cell (for inspection)."""
+        """What a dequantiser can do with the sketch, for inspection: ||k|| times the mean direction of its cell."""
         D = layer.shape.head_dim
         bits = 2 * packing.unpack_keys(kv.key_pages, self._key_widths(D), self.sketch_bits * D).float() - 1
         direction = bits @ layer["projection"]
