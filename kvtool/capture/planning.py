@@ -66,7 +66,7 @@ class Plan:
         return sum(2 * layer.num_kv_heads * layer.head_dim for layer in shapes) * self.manifest.context * itemsize
 
     def seconds(self, loaded: LoadedModel) -> float:
-        """Time the capture will take, from one short forward: the dense part grows linearly, attention with the square."""
+        """Time it will take, from one short forward: the dense part grows linearly, attention with the square."""
         model = decoder(loaded.model)
         ids = self.ids[:1, :_TRIAL].to(loaded.model.device)
         with torch.no_grad():
@@ -120,9 +120,7 @@ def plan(
         )
     if any(layer.kind is LayerKind.LINEAR for layer in found.shape.layers):
         chunk = context
-        notes.append(
-            "the model has recurrent layers, which cannot be resumed mid-text: each sample is prefilled in one piece"
-        )
+        notes.append("recurrent layers cannot be resumed mid-text: each sample is prefilled in one piece")
     computed_in = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
     if dtype == "auto":
         dtype = "float16" if computed_in == "float16" else "bfloat16"

@@ -2,8 +2,10 @@
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -132,27 +134,11 @@ class Capture:
             tensor: Tensor = common.get_tensor(name)
             return tensor
 
-    def _open(self, name: str) -> "_Shard":
-        return _Shard(self.path, name)
-
-
-class _Shard:
-    """``safe_open`` whose errors say which file of which capture is broken."""
-
-    def __init__(self, root: Path, name: str) -> None:
-        self._root, self._name = root, name
-
-    def __enter__(self):  # type: ignore[no-untyped-def]  # the type of safe_open's handle is not public
+    @contextmanager
+    def _open(self, name: str) -> Iterator[Any]:
+        """``safe_open`` whose errors say which file of which capture is broken."""
         try:
-            self._handle = safe_open(self._root / self._name, "pt")
-            return self._handle.__enter__()
+            with safe_open(self.path / name, "pt") as file:
+                yield file
         except (OSError, SafetensorError) as error:
-            raise self._broken(error) from error
-
-    def __exit__(self, kind, error, trace) -> None:  # type: ignore[no-untyped-def]
-        self._handle.__exit__(kind, error, trace)
-        if isinstance(error, SafetensorError):
-            raise self._broken(error) from error
-
-    def _broken(self, error: Exception) -> CaptureError:
-        return CaptureError(f"{self._root}: {self._name} is not readable ({error}); capture again")
+            raise CaptureError(f"{self.path}: {name} is not readable ({error}); capture again") from error

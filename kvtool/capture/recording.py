@@ -30,7 +30,7 @@ Report = Callable[[int, int], None]
 
 
 def record(loaded: LoadedModel, out: Path | str, *, text: str | None = None, **options: Any) -> Capture:
-    """Capture ``text`` (default: the shipped calibration text) into directory ``out``; options are those of ``plan``."""
+    """Capture ``text`` (default: the shipped calibration text) into ``out``; options are those of ``plan``."""
     from kvtool import texts
 
     if text is None:
@@ -52,17 +52,14 @@ def run(
     manifest = plan.manifest
     if files is None:
         return Capture.open(out)
-    done = 0
-    total = manifest.samples * manifest.context
     try:
         _write(out, COMMON, _common(plan), files)
         manifest.model_copy(update={"files": files}).write(out / PARTIAL)
         for sample in range(manifest.samples):
             mine = [manifest.shard(sample, chunk) for chunk in range(manifest.chunks)]
             if any(name not in files for name in mine):
-                _sample(loaded, plan, out, sample, files, lambda tokens, before=done: report(before + tokens, total))
-            done += manifest.context
-            report(done, total)
+                _sample(loaded, plan, out, sample, files, report)
+            report((sample + 1) * manifest.context, manifest.samples * manifest.context)
         manifest.model_copy(update={"files": dict(sorted(files.items()))}).write(out / COMPLETE)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -114,7 +111,7 @@ def _intact(path: Path, record: FileRecord) -> bool:
 
 
 def _sample(
-    loaded: LoadedModel, plan: Plan, out: Path, sample: int, files: dict[str, FileRecord], report: Callable[[int], None]
+    loaded: LoadedModel, plan: Plan, out: Path, sample: int, files: dict[str, FileRecord], report: Report
 ) -> None:
     """Prefill one sample; shards that are there already are computed again, for the cache, but not written."""
     manifest = plan.manifest
@@ -122,9 +119,9 @@ def _sample(
     model, cache = decoder(loaded.model), None
     ids = plan.ids[sample].to(loaded.model.device)
     with (
-        torch.inference_mode(),
+        torch.no_grad(),
         attention_replaced(loaded.model, "kvtool-capture", tap, masks=True),
-        tap.watching(model),
+        _Watch(tap, plan),
     ):
         for chunk in range(manifest.chunks):
             begin, end = chunk * manifest.chunk, min((chunk + 1) * manifest.chunk, manifest.context)
@@ -138,7 +135,7 @@ def _sample(
             if name not in files:
                 _write(out, name, tap.tensors, files)
                 manifest.model_copy(update={"files": files}).write(out / PARTIAL)
-            report(end)
+            report(sample * manifest.context + end, manifest.samples * manifest.context)
 
 
 class _Tap:
@@ -171,10 +168,6 @@ class _Tap:
 
     def _put(self, name: str, tensor: Tensor) -> None:
         self.tensors[name] = tensor.to("cpu", self._plan.dtype, copy=True).contiguous()
-
-    def watching(self, model: nn.Module) -> "_Watch":
-        """Check on the way that keys are turned by the table the capture will name."""
-        return _Watch(self, self._plan)
 
     @property
     def positions(self) -> Tensor:
