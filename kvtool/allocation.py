@@ -47,7 +47,9 @@ def lower_hull(cost: Tensor, distortion: Tensor) -> Hull:
     # the cheapest option; among equals the least distorted
     cheapest = cost == cost.amin(1, keepdim=True)
     at = distortion.masked_fill(~cheapest, torch.inf).argmin(1, keepdim=True)
-    options, costs, slopes = [at], [], []
+    options: list[Tensor] = [at]
+    costs: list[Tensor] = []
+    slopes: list[Tensor] = []
     for _ in range(L - 1):
         rise = cost - cost.gather(1, at)
         drop = distortion.gather(1, at) - distortion

@@ -72,7 +72,7 @@ def test_more_weight_never_gets_a_lower_level(seed, share):
 
 
 def test_thresholds_are_those_of_the_published_value_table():
-    """0->2 .34357, 2->4 .14944, 4->8 .003484, 8->16 6.07e-6 per bit and unit weight, for eps .31287 .013986 4.855e-5."""
+    """0->2 .34357, 2->4 .14944, 4->8 .003484, 8->16 6.07e-6 per bit, for eps .31287 .013986 4.855e-5."""
     eps = torch.tensor([[1, 0.31287, 0.013986, 4.855e-5, 0]])
     hull = lower_hull(torch.tensor([[0.0, 2, 4, 8, 16]]), eps)
     expected = torch.tensor([[0.343565, 0.149442, 0.0034844, 6.0688e-6]])

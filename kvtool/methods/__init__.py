@@ -12,6 +12,7 @@ from kvtool.methods.affine import Affine
 from kvtool.methods.base import Method
 from kvtool.methods.exact import Exact
 from kvtool.methods.fp8 import Fp8
+from kvtool.methods.rdkv import RDKV
 from kvtool.methods.turboquant import TurboQuant
 
 METHODS: dict[str, type[Method]] = {
@@ -19,6 +20,7 @@ METHODS: dict[str, type[Method]] = {
     "fp8": Fp8,
     "affine": Affine,
     "turboquant": TurboQuant,
+    "rdkv": RDKV,
 }
 
 

@@ -113,6 +113,23 @@ class Method(ABC):
         """The same method without anything learnt from data, at the same rate; None if that is itself or impossible."""
         return None
 
+    def begin(
+        self,
+        queries: Tensor | None,
+        keys: Tensor,
+        values: Tensor,
+        layer: LayerCalibration,
+        *,
+        sinks: int,
+        carry: Carry = None,
+    ) -> Carry:
+        """Look at what stays exact before a run is compressed; what it returns is that call's ``carry``.
+
+        keys, values: [B, H, N, D], the first ``sinks`` tokens and the newest ones; queries: as in :meth:`compress`.
+        Most methods compress a token without regard to the others and need nothing of this.
+        """
+        return carry
+
     @abstractmethod
     def compress(
         self,

@@ -1,0 +1,209 @@
+"""RDKV: one rate-distortion problem over tokens and channels, with eviction as the width 0 (arXiv 2605.08317).
+
+Once, after prefill: every token gets a weight from the attention of the last queries, tokens are sorted into pages of
+64, and every page gets a level, a set of widths for its key channel groups and its values. Levels are chosen by
+reverse water-filling (allocation.py) on distortions measured when fitted (rdkv_fit.py):
+
+    minimise  sum over pages of  W_page * eps_head(level)      subject to  sum of bytes <= budget
+
+W is the second-order weight p^2 ||v - o||^2 or the paper's attention mass; both are in scores.py. The packed form is in
+rdkv_pages.py. Tokens that leave the window later come in blocks of 64 and are one page per head: they are allocated
+by the same rule within the same budget per token, and bytes left over are carried to the next block.
+"""
+
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from kvtool import attention, rdkv_pages, scores
+from kvtool.allocation import allocate
+from kvtool.attention import Attended
+from kvtool.methods.base import Carry, Decompressed, LayerCalibration, Method, Progress
+from kvtool.packing import PAGE, groups
+from kvtool.rdkv_budget import budget_fraction, parse_share
+from kvtool.rdkv_pages import LEVELS, Pages
+from kvtool.shapes import CacheShape, LayerShape, TensorSpec
+
+if TYPE_CHECKING:
+    from kvtool.capture import Capture
+
+
+class Budget(NamedTuple):
+    """The carry.
+
+    left: bytes [B] that earlier runs did not spend.
+    out, lse: attention of the last queries over the tokens that stay exact, [B, HQ, W, D] and [B, HQ, W].
+    """
+
+    left: Tensor
+    out: Tensor
+    lse: Tensor
+
+
+@dataclass(frozen=True)
+class RDKV(Method):
+    """Rate-distortion bit allocation over tokens, key channels, heads and layers."""
+
+    name: ClassVar[str] = "rdkv"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2605.08317"
+    summary: ClassVar[str] = "spends a byte budget where attention needs it; eviction is the width 0"
+    block: ClassVar[int | None] = None
+
+    budget: str = Field("12.5%", description="bytes of the compressed tokens, as a share of 16 bits per value")
+    bits: float | None = Field(None, gt=0, le=16, description="the same budget in bits per value")
+    bytes_per_token: float | None = Field(None, gt=0, description="the same budget in bytes per token of all layers")
+    max_gib: float | None = Field(None, gt=0, description="the same budget as GiB of cache at at_context")
+    at_context: str | None = Field(None, description="tokens of context that max_gib speaks of, e.g. 128k")
+    scope: Literal["head", "layer", "model"] = Field("layer", description="what shares one budget")
+    weights: Literal["second-order", "paper"] = Field("second-order", description="what a token is worth")
+    window: int = Field(32, ge=1, le=1024, description="last queries whose attention is looked at")
+    pool: int = Field(5, ge=1, le=63, description="tokens over which scores are averaged; odd")
+    eviction: float = Field(16.0, gt=0, le=1e4, description="cost of evicting, in units of its second-order cost")
+    seed: int = Field(0, ge=0, description="of rotations and of the tokens measured when fitted")
+
+    @field_validator("budget")
+    @classmethod
+    def _is_a_share(cls, text: str) -> str:
+        parse_share(text)
+        return text
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> "RDKV":
+        given = [name for name in ("bits", "bytes_per_token", "max_gib") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"expected one budget, found {' and '.join(given)}; give one of them")
+        if (self.max_gib is None) != (self.at_context is None):
+            raise ValueError("max_gib and at_context belong together; give both, such as max_gib 4 at_context 128k")
+        return self
+
+    def layer_schema(self, shape: LayerShape) -> dict[str, TensorSpec]:
+        H, D, G = shape.num_kv_heads, shape.head_dim, groups(shape.head_dim)
+        return {
+            "key_mean": TensorSpec("float32", (H, D)),
+            "key_basis": TensorSpec("float32", (H, 2, D, D)),
+            "spread": TensorSpec("float32", (H, G)),
+            "value_basis": TensorSpec("float32", (H, D, D)),
+            "widths": TensorSpec("uint8", (H, LEVELS, G + 1)),
+            "distortion": TensorSpec("float32", (H, LEVELS)),
+            "importance": TensorSpec("float32", (shape.num_heads,)),
+            "fraction": TensorSpec("float32", ()),
+        }
+
+    def fit(self, capture: "Capture", *, progress: Progress | None = None) -> dict[str, Tensor]:
+        from kvtool.rdkv_fit import fit
+
+        return fit(self, capture, progress)
+
+    def share(self, shape: CacheShape) -> float:
+        """The budget as a share of 16 bits per compressed value."""
+        return budget_fraction(
+            shape,
+            budget=self.budget,
+            bits=self.bits,
+            bytes_per_token=self.bytes_per_token,
+            max_gib=self.max_gib,
+            at_context=self.at_context,
+        )
+
+    def begin(
+        self,
+        queries: Tensor | None,
+        keys: Tensor,
+        values: Tensor,
+        layer: LayerCalibration,
+        *,
+        sinks: int,
+        carry: Carry = None,
+    ) -> Carry:
+        if queries is None:
+            return carry
+        # a query must not see tokens after it: no more queries than tokens in the window
+        queries = queries[:, :, -min(self.window, max(1, keys.shape[2] - sinks)) :]
+        scale, softcap = layer.shape.scale, layer.shape.softcap
+        split = [[x[:, :, :sinks], x[:, :, sinks:]] for x in (keys, values)]
+        rest = attention.merge(
+            attention.attend(queries, split[0][0], split[1][0], scale=scale, softcap=softcap),
+            attention.attend(queries, split[0][1], split[1][1], scale=scale, softcap=softcap, causal=True),
+        )
+        left = torch.zeros(len(keys), device=keys.device) if carry is None else carry.left
+        return Budget(left, rest.out, rest.lse)
+
+    def compress(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        layer: LayerCalibration,
+        *,
+        positions: Tensor,
+        queries: Tensor | None = None,
+        carry: Carry = None,
+    ) -> tuple[Pages, Carry]:
+        evicted, kept = self.token_weights(keys, values, layer, queries, carry)
+        left = torch.zeros(len(keys), device=keys.device) if carry is None else carry.left
+        levels, left = self.plan(evicted, kept, layer, left)
+        pages = rdkv_pages.pack(keys, values, levels, layer, positions)
+        nothing = torch.zeros(len(keys), 0, device=keys.device)
+        return pages, Budget(left, nothing, nothing)
+
+    def decompress(self, kv: Pages, layer: LayerCalibration, *, positions: Tensor) -> Decompressed:
+        keys, values, real = rdkv_pages.unpack(kv, layer, positions)
+        bias = torch.zeros(real.shape, device=real.device).masked_fill(~real, -torch.inf)
+        return Decompressed(keys, values, bias)
+
+    def token_weights(
+        self, keys: Tensor, values: Tensor, layer: LayerCalibration, queries: Tensor | None, carry: Carry
+    ) -> tuple[Tensor, Tensor]:
+        """What each token's eviction costs and what its noise costs, [B, H, T] each."""
+        if queries is None or queries.shape[2] == 0:
+            # nothing is known: every token is worth the same
+            flat = keys.new_ones(keys.shape[:3], dtype=torch.float32)
+            return flat * self.eviction, flat
+        rest = None if carry is None or carry.lse.numel() == 0 else Attended(carry.out, carry.lse)
+        queries = queries[:, :, -(self.window if rest is None else rest.lse.shape[-1]) :]
+        seen = scores.observe(queries, keys, values, rest, scale=layer.shape.scale, softcap=layer.shape.softcap)
+        if self.weights == "paper":
+            mass = scores.smooth(scores.mass(seen), self.pool)
+            return mass * self.eviction, mass
+        worth = layer["importance"]
+        evicted = scores.smooth(scores.second_order(seen, values, worth, evicted=True), self.pool)
+        kept = scores.smooth(scores.second_order(seen, values, worth, evicted=False), self.pool)
+        return evicted * self.eviction, kept
+
+    def pages(self, evicted: Tensor, kept: Tensor, layer: LayerCalibration) -> tuple[Tensor, Tensor]:
+        """Bytes [H, P, L] and predicted distortion [B, H, P, L] of every page at every level."""
+        order = evicted.argsort(-1, descending=True)
+        lost, noisy = (_pages(x.gather(-1, order)) for x in (evicted, kept))  # [B, H, P]
+        distortion = noisy[..., None] * layer["distortion"][:, None].to(kept.device)
+        distortion[..., 0] = lost
+        cost = rdkv_pages.level_bytes(layer["widths"], layer.shape.head_dim).to(kept.device)
+        return cost[:, None].expand(distortion.shape[1:]), distortion
+
+    def plan(self, evicted: Tensor, kept: Tensor, layer: LayerCalibration, left: Tensor) -> tuple[Tensor, Tensor]:
+        """The level of each token, uint8 [B, H, T], and the bytes [B] that remain."""
+        B, H, T = kept.shape
+        cost, distortion = self.pages(evicted, kept, layer)
+        # the level of each token is stored too
+        each = float(layer["fraction"]) * 4 * T * layer.shape.head_dim - 3 * -(-T // 8)
+        heads = 1 if self.scope == "head" else H
+        levels = torch.zeros(distortion.shape[:3], dtype=torch.uint8, device=kept.device)
+        remains = left.clone()
+        for b in range(B):
+            remains[b] += each * H
+            for first in range(0, H, heads):
+                part = slice(first, first + heads)
+                c, d = cost[part].flatten(0, 1), distortion[b, part].flatten(0, 1)
+                chosen = allocate(c, d, max(0.0, each * heads + float(left[b]) * heads / H))
+                levels[b, part] = chosen.reshape(heads, -1).to(torch.uint8)
+                remains[b] -= float(c.gather(1, chosen[:, None]).sum())
+        tokens = levels.repeat_interleave(PAGE, -1)[..., :T]
+        order = evicted.argsort(-1, descending=True)
+        return torch.zeros_like(tokens).scatter_(-1, order, tokens), remains
+
+
+def _pages(sorted_weights: Tensor) -> Tensor:
+    """Sums over runs of 64 tokens: [B, H, T] to [B, H, ceil(T/64)]."""
+    padded = torch.nn.functional.pad(sorted_weights, (0, -sorted_weights.shape[-1] % PAGE))
+    return padded.unflatten(-1, (-1, PAGE)).sum(-1)

@@ -1,0 +1,236 @@
+"""The packed form of rdkv: tokens sorted into pages of equal width, head by head and level by level.
+
+A *level* of a KV head is a set of widths: one per 32-channel group of the keys and one for the values. Level 0 is
+eviction, the last level is 16 bits, raw. Tokens of one level lie together in whole pages, in order of position, so the
+level of every token (3 bits) is all it takes to find them again. Segments are stored level by level from the highest,
+within a level head by head.
+
+Keys lose the mean m of their head before rotary embedding, turned to the position: x = k - R(n) m, then y = x U with
+U orthogonal: channels sorted by importance and rotated inside each group (``grouped``), or rotated as a whole when all
+groups have one width. Values are rotated as a whole. Each token has one 8-bit gain for its key and one for its value,
+in steps of an eighth of an octave; codes are Lloyd-Max indices of y / (gain * spread of the group).
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvtool import codebooks, packing
+
+if TYPE_CHECKING:
+    from kvtool.methods.base import LayerCalibration
+
+LEVELS = 8  # three bits a token
+EXACT = 16
+_GAIN_STEPS = 8  # per octave
+_GAIN_ZERO = 144  # gains of 2^-18 to 2^13.9
+
+
+class Pages(NamedTuple):
+    """One compressed run of tokens; sequences are padded to the longest of the batch.
+
+    levels: uint8 [B, H, 3, ceil(T/8)], bit planes of each token's level.
+    key_codes, value_codes: uint8 [B, bytes], the pages of all segments.
+    key_gains, value_gains: uint8 [B, 64 * pages].
+    """
+
+    levels: Tensor
+    key_codes: Tensor
+    value_codes: Tensor
+    key_gains: Tensor
+    value_gains: Tensor
+
+
+def level_bytes(widths: Tensor, head_dim: int) -> Tensor:
+    """Bytes of one page at each level, int64 [H, L], for ``widths`` [H, L, G+1]; gains included."""
+    unit = packing.PAGE * packing.GROUP // 8
+    groups = widths.shape[-1] - 1
+    packed = unit * (widths[..., :-1].sum(-1, dtype=torch.int64) + groups * widths[..., -1].long())
+    raw = (widths[..., -1] == EXACT).long() * 4 * packing.PAGE * head_dim
+    gains = (widths[..., -1] > 0).long() * 2 * packing.PAGE
+    return torch.where(raw > 0, raw, packed + gains)
+
+
+def pack(keys: Tensor, values: Tensor, levels: Tensor, layer: "LayerCalibration", positions: Tensor) -> Pages:
+    """Keys and values [B, H, T, D] at ``levels`` [B, H, T] to pages."""
+    rotated = _Rotated(keys, values, layer, positions)
+    rows = []
+    for b in range(keys.shape[0]):
+        parts = [rotated.encode(b, h, level, tokens) for level, h, tokens in segments(levels[b])]
+        empty = [torch.zeros(0, dtype=torch.uint8, device=keys.device)]
+        rows.append([torch.cat([*empty, *field]) for field in zip(*parts, strict=True)] if parts else empty * 4)
+    fields = [torch.nn.utils.rnn.pad_sequence(list(field), batch_first=True) for field in zip(*rows, strict=True)]
+    return Pages(_planes(levels), *fields)
+
+
+def unpack(kv: Pages, layer: "LayerCalibration", positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values [B, H, K, D] float32 of the kept tokens, and which rows are real, bool [B, H, K]."""
+    levels = _levels(kv.levels, len(positions))
+    B, H, _ = levels.shape
+    D = layer.shape.head_dim
+    kept = int((levels > 0).sum(-1).max()) if levels.numel() else 0
+    device = kv.key_codes.device
+    keys, values = (torch.zeros(B, H, kept, D, device=device) for _ in range(2))
+    real = torch.zeros(B, H, kept, dtype=torch.bool, device=device)
+    maps = _Maps(layer)
+    centre = _centre(layer, positions)
+    for b in range(B):
+        at, byte, page = [0] * H, [0, 0], 0
+        for level, h, tokens in segments(levels[b]):
+            n = -(-len(tokens) // packing.PAGE)
+            sizes = maps.page_bytes(h, level)
+            codes = [field[b, o : o + n * size] for field, o, size in zip(kv[1:3], byte, sizes, strict=True)]
+            byte = [o + n * size for o, size in zip(byte, sizes, strict=True)]
+            gains: list[Tensor] = [kv.key_gains[b], kv.value_gains[b]]
+            if maps.width(h, level) != EXACT:
+                gains = [g[page * packing.PAGE : (page + n) * packing.PAGE] for g in gains]
+                page += n
+            key, value = maps.decode(h, level, codes, gains, n)
+            rows = slice(at[h], at[h] + len(tokens))
+            keys[b, h, rows] = key[: len(tokens)] + (0 if maps.width(h, level) == EXACT else centre[h, tokens])
+            values[b, h, rows] = value[: len(tokens)]
+            real[b, h, rows] = True
+            at[h] += len(tokens)
+    return keys, values, real
+
+
+def segments(levels: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """Level, head and tokens (ascending) of each segment of one sequence's ``levels`` [H, T], in stored order."""
+    for level in range(LEVELS - 1, 0, -1):
+        for h in range(levels.shape[0]):
+            tokens = (levels[h] == level).nonzero().squeeze(1)
+            if len(tokens):
+                yield level, h, tokens
+
+
+def kept_tokens(levels: Tensor) -> Tensor:
+    """Tokens in the order :func:`unpack` returns them, for one head's ``levels`` [T]."""
+    return levels.argsort(descending=True, stable=True)[: int((levels > 0).sum())]
+
+
+class _Maps:
+    """The linear maps and tables of one layer."""
+
+    def __init__(self, layer: "LayerCalibration") -> None:
+        self.widths = layer["widths"].tolist()
+        self.dim = layer.shape.head_dim
+        self.spread = layer["spread"].float()
+        self.key_basis, self.value_basis = layer["key_basis"].float(), layer["value_basis"].float()
+
+    def width(self, h: int, level: int) -> int:
+        return int(self.widths[h][level][-1])
+
+    def page_bytes(self, h: int, level: int) -> tuple[int, int]:
+        *key, value = self.widths[h][level]
+        if value == EXACT:
+            return 2 * packing.PAGE * self.dim, 2 * packing.PAGE * self.dim
+        return packing.page_bytes(key), packing.page_bytes([value] * len(key))
+
+    def grouped(self, h: int, level: int) -> int:
+        return int(len(set(self.widths[h][level][:-1])) > 1)
+
+    def decode(self, h: int, level: int, codes: list[Tensor], gains: list[Tensor], n: int) -> tuple[Tensor, Tensor]:
+        *key_widths, value_width = self.widths[h][level]
+        if value_width == EXACT:
+            key, value = (c.view(torch.float16).reshape(n * packing.PAGE, self.dim).float() for c in codes)
+            return key, value
+        grouped = self.grouped(h, level)
+        key_codes = packing.unpack_keys(codes[0].reshape(n, -1), key_widths, self.dim)
+        value_codes = packing.unpack_values(codes[1].reshape(n, -1), [value_width] * len(key_widths), self.dim)
+        y = table_values(key_codes, key_widths) * self.scale(h, grouped) * gain(gains[0])[:, None]
+        v = table_values(value_codes, [value_width] * len(key_widths)) * gain(gains[1])[:, None]
+        return y @ self.key_basis[h, grouped].mT, v @ self.value_basis[h].mT
+
+    def scale(self, h: int, grouped: int) -> Tensor:
+        if not grouped:
+            return self.spread.new_ones(self.dim)
+        return self.spread[h].repeat_interleave(packing.GROUP)[: self.dim]
+
+
+class _Rotated(_Maps):
+    """Keys and values of one run after centring and rotation."""
+
+    def __init__(self, keys: Tensor, values: Tensor, layer: "LayerCalibration", positions: Tensor) -> None:
+        super().__init__(layer)
+        self.keys, self.values = keys, values
+        centred = keys.float() - _centre(layer, positions)
+        self.y = [centred @ self.key_basis[:, grouped] for grouped in (0, 1)]
+        self.v = values.float() @ self.value_basis
+
+    def encode(self, b: int, h: int, level: int, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        *key_widths, value_width = self.widths[h][level]
+        fill = -len(tokens) % packing.PAGE
+        if value_width == EXACT:
+            none = torch.zeros(0, dtype=torch.uint8, device=tokens.device)
+            raw = [_padded(x[b, h, tokens], fill).half().flatten().view(torch.uint8) for x in (self.keys, self.values)]
+            return raw[0], raw[1], none, none
+        grouped = self.grouped(h, level)
+        y = _padded(self.y[grouped][b, h, tokens], fill) / self.scale(h, grouped)
+        v = _padded(self.v[b, h, tokens], fill)
+        y_gain, v_gain = gain_code(y), gain_code(v)
+        y_codes = table_codes(y / gain(y_gain)[:, None], key_widths)
+        v_codes = table_codes(v / gain(v_gain)[:, None], [value_width] * len(key_widths))
+        packed = packing.pack_keys(y_codes, key_widths), packing.pack_values(v_codes, [value_width] * len(key_widths))
+        return packed[0].flatten(), packed[1].flatten(), y_gain, v_gain
+
+
+def gain_code(x: Tensor) -> Tensor:
+    """The 8-bit gain of each row of ``x`` [N, D]: its root mean square, rounded in the logarithm."""
+    rms = x.pow(2).mean(-1).sqrt().clamp(min=1e-9)
+    return (rms.log2() * _GAIN_STEPS + _GAIN_ZERO).round().clamp(0, 255).to(torch.uint8)
+
+
+def gain(code: Tensor) -> Tensor:
+    """What a gain code stands for, float32."""
+    return ((code.float() - _GAIN_ZERO) / _GAIN_STEPS).exp2()
+
+
+def table_codes(x: Tensor, widths: list[int]) -> Tensor:
+    """Codes uint8 of ``x`` [..., D], entries of unit variance, each group of channels at its width."""
+    parts = []
+    for group, width in zip(x.split(packing.GROUP, -1), widths, strict=True):
+        if width == 0:
+            parts.append(torch.zeros_like(group, dtype=torch.uint8))
+            continue
+        book = codebooks.sphere_codebook(x.shape[-1], width)
+        parts.append(codebooks.nearest(group.contiguous(), book.levels.to(x.device), book.step))
+    return torch.cat(parts, -1)
+
+
+def table_values(codes: Tensor, widths: list[int]) -> Tensor:
+    """What ``codes`` [..., D] stand for, float32; 0 where the width is 0."""
+    parts = []
+    for group, width in zip(codes.split(packing.GROUP, -1), widths, strict=True):
+        if width == 0:
+            parts.append(torch.zeros_like(group, dtype=torch.float32))
+            continue
+        book = codebooks.sphere_codebook(codes.shape[-1], width)
+        parts.append((book.levels.to(codes.device).float() * book.step)[group.long()])
+    return torch.cat(parts, -1)
+
+
+def _centre(layer: "LayerCalibration", positions: Tensor) -> Tensor:
+    """The mean of each head's keys as rotary embedding turns it, [H, T, D]."""
+    mean = layer["key_mean"].float()[:, None].expand(-1, len(positions), -1)
+    return mean if layer.rope is None else layer.rope.rotate(mean, positions)
+
+
+def _padded(x: Tensor, fill: int) -> Tensor:
+    return torch.cat([x, x.new_zeros(fill, x.shape[-1])]) if fill else x
+
+
+def _planes(levels: Tensor) -> Tensor:
+    """Levels [B, H, T] below 8 to bit planes uint8 [B, H, 3, ceil(T/8)], lowest bit first."""
+    padded = torch.nn.functional.pad(levels.to(torch.uint8), (0, -levels.shape[-1] % 8))
+    bits = (padded[..., None, :] >> torch.arange(3, device=levels.device, dtype=torch.uint8)[:, None]) & 1
+    weights = 2 ** torch.arange(8, device=levels.device, dtype=torch.uint8)
+    return (bits.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
+
+
+def _levels(planes: Tensor, tokens: int) -> Tensor:
+    """The inverse of :func:`_planes`: uint8 [B, H, T]."""
+    bits = (planes[..., None] >> torch.arange(8, device=planes.device, dtype=torch.uint8)) & 1
+    flat = bits.flatten(-2)[..., :tokens]  # [B, H, 3, T]
+    return flat[:, :, 0] + 2 * flat[:, :, 1] + 4 * flat[:, :, 2]
