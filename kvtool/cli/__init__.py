@@ -22,7 +22,13 @@ from kvtool import __version__
 from kvtool.errors import KvtoolError
 
 # in the order of the work: command, module, function, heading in --help
-COMMANDS = (("methods", "kvtool.cli.methods", "methods", "Look"),)
+COMMANDS = (
+    ("capture", "kvtool.cli.capture", "capture", "The job, in order"),
+    ("verify-bound", "kvtool.cli.verify_bound", "verify_bound", "The job, in order"),
+    ("eval", "kvtool.cli.evaluate", "evaluate", "The job, in order"),
+    ("inspect", "kvtool.cli.inspect", "inspect", "Look"),
+    ("methods", "kvtool.cli.methods", "methods", "Look"),
+)
 
 
 class Stopped(KeyboardInterrupt):
