@@ -4,8 +4,9 @@ Every density is that of a coordinate with unit variance, symmetric, given as we
 N(0,1) and for the sphere, a histogram for captured data. A coordinate of a uniform unit vector in R^d, times sqrt(d),
 has density proportional to (1 - x^2/d)^((d-3)/2), which tends to N(0,1).
 
-Kernels keep levels in bytes, so the levels in an artifact are int8 and exact: ``level = step * code``. The table of
-4 bits is odd, 2u - 127 with u in 0..127, because a kernel looks up the unsigned u; 8 bits is uniform, -128..127.
+Kernels keep levels in bytes, so the levels in an artifact are small integers: a level stands for step * integer. Those
+of 4 bits are odd, 2u - 127 with u in 0..127, because a kernel looks up the unsigned u. At 8 bits the code is the level:
+uniform, code - 127.5, as float16.
 """
 
 from functools import lru_cache
@@ -16,7 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Array = NDArray[np.float64]
+from kvtool.shapes import TensorSpec
+
+Array = NDArray[np.floating]
 
 
 class Density(NamedTuple):
@@ -29,7 +32,7 @@ class Density(NamedTuple):
 class Codebook(NamedTuple):
     """Levels on an integer grid.
 
-    levels: int8 [2^bits], ascending; level i stands for step * levels[i].
+    levels: int8 [2^bits] (float16 at 8 bits), ascending; code i stands for step * levels[i].
     mse: expected squared error on the density it was made for, in units of the coordinate's variance.
     """
 
@@ -60,7 +63,7 @@ def _midpoints(upper: float, count: int = 1 << 19) -> Array:
 
 
 def _normalised(points: Array, weights: Array) -> Density:
-    return Density(points, weights / weights.sum())
+    return Density(points, (weights / weights.sum()).astype(np.float64))
 
 
 def lloyd_max(density: Density, bits: int) -> Array:
@@ -117,19 +120,21 @@ def codebook(density: Density, bits: int) -> Codebook:
 
 
 def _uniform(density: Density) -> Codebook:
-    def mse(step: float) -> float:
-        codes = np.clip(np.rint(density.points / step), 0, 127)
-        return float(density.weights @ (density.points - step * codes) ** 2)
-
-    steps = np.geomspace(1 / 127, 12 / 127, 200)
-    step = float(min(steps, key=mse))
-    return Codebook(torch.arange(-128, 128).to(torch.int8), step, mse(step))
+    half = np.arange(128) + 0.5
+    steps = np.geomspace(1 / 128, 12 / 128, 100)
+    step = float(min(steps, key=lambda step: distortion(density, half * step)))
+    return Codebook(torch.arange(256).half() - 127.5, step, distortion(density, half * step))
 
 
 @lru_cache(maxsize=64)
 def sphere_codebook(dim: int, bits: int) -> Codebook:
     """The data-free codebook for unit vectors in R^dim, in units of 1/sqrt(dim)."""
     return codebook(sphere(dim), bits)
+
+
+def spec(bits: int) -> TensorSpec:
+    """What the artifact stores as the levels of 2^bits codes."""
+    return TensorSpec("float16" if bits == 8 else "int8", (2**bits,))
 
 
 def nearest(x: Tensor, levels: Tensor, step: Tensor | float) -> Tensor:

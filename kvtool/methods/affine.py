@@ -15,8 +15,8 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from kvtool import packing
-from kvtool.errors import ModelError
 from kvtool.methods.base import Carry, Decompressed, LayerCalibration, Method
+from kvtool.methods.finite import require_finite
 
 Axis = Literal["channel", "token"]
 
@@ -72,20 +72,17 @@ class Affine(Method):
         carry: Carry = None,
     ) -> tuple[AffineKV, Carry]:
         D = keys.shape[-1]
-        key_codes, *key_ranges = encode(keys, self.k_bits, self.k_axis, self.k_group)
-        value_codes, *value_ranges = encode(values, self.v_bits, self.v_axis, self.v_group)
+        key_codes, key_scales, key_minima = encode(keys, self.k_bits, self.k_axis, self.k_group)
+        value_codes, value_scales, value_minima = encode(values, self.v_bits, self.v_axis, self.v_group)
         kv = AffineKV(
             packing.pack_keys(key_codes, _widths(self.k_bits, D)),
-            *key_ranges,
+            key_scales,
+            key_minima,
             packing.pack_values(value_codes, _widths(self.v_bits, D)),
-            *value_ranges,
+            value_scales,
+            value_minima,
         )
-        for name in ("key_scales", "key_minima", "value_scales", "value_minima"):
-            if not getattr(kv, name).isfinite().all():
-                raise ModelError(
-                    f"layer {layer.index}: {name}: expected finite numbers below 65504, found NaN or more; "
-                    "load the model in bfloat16 or float32, or use turboquant, which has no such limit"
-                )
+        require_finite(kv, layer.index)
         return kv, None
 
     def decompress(self, kv: AffineKV, layer: LayerCalibration, *, positions: Tensor) -> Decompressed:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Fp8KV(NamedTuple):
-    """keys, values: float8_e4m3fn [B, H, T, D]; scales: float32 [B, H, T/64, 1], no bytes when the artifact has them."""
+    """Keys and values, float8_e4m3fn [B, H, T, D]; scales, float32 [B, H, T/64, 1], or no bytes if fitted."""
 
     keys: Tensor
     values: Tensor

@@ -1,0 +1,19 @@
+"""No method hides an overflow: what it stores is finite, or the model is named as the cause."""
+
+from typing import Any
+
+from kvtool.errors import ModelError
+
+
+def require_finite(kv: Any, layer: int) -> None:
+    """Refuse a compressed NamedTuple with a NaN or infinity in a floating-point field.
+
+    Raises:
+        ModelError: the keys or values were not finite, or too large for float16 scales.
+    """
+    for name, field in kv._asdict().items():
+        if field.is_floating_point() and not field.isfinite().all():
+            raise ModelError(
+                f"layer {layer}: {name}: expected finite numbers below 65504, found NaN or more; "
+                "the model's cache overflows: load the model in bfloat16 or float32"
+            )
