@@ -1,0 +1,117 @@
+"""Which tokens attention reads: nucleus (top-p) selection without a sort, by estimate and exact rescoring.
+
+Sources: Twilight, https://arxiv.org/abs/2502.02770 (the smallest set holding a share p of the softmax) and RaBitQCache,
+https://arxiv.org/abs/2606.31519 (an unbiased 1-bit estimate of the logits to find it by).
+
+Taking top-p of the *estimate* keeps less true mass than asked, for noise fattens its top. So: candidates hold p' > p of
+the softmax, their exact logits are computed, and the smallest set of candidates is kept that holds p of
+
+    Z^ = sum of exp(exact logit) over candidates + 2 * sum of E[exp(logit) | estimate] over the rest.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# exp(-88) is the least normal float32: what lies further below the maximum has no mass
+_DEPTH = 88.0
+# halvings of that depth down to the resolution of a float32 logit
+_ROUNDS = 32
+_CAUTION = math.log(2)
+
+
+class Selection(NamedTuple):
+    """kept, candidates: bool, the shape of the logits [..., T]; kept is within candidates."""
+
+    kept: Tensor
+    candidates: Tensor
+
+
+def top_p(logits: Tensor, p: float, total: Tensor | None = None) -> Tensor:
+    """The smallest set of tokens whose share of the softmax reaches ``p``, the one that crosses it included.
+
+    logits: [..., T]; ``-inf`` is never kept. total: [...] logsumexp that shares are of, if not that of ``logits``; if
+    they cannot reach p of it, all are kept. Tokens with equal logits are kept together.
+    """
+    total = logits.logsumexp(-1) if total is None else total
+    return logits > -torch.inf if p >= 1 else _heaviest(logits, p * (total - _peak(logits)).exp())
+
+
+def _heaviest(logits: Tensor, need: Tensor) -> Tensor:
+    """The smallest set whose sum of exp(logits - peak) reaches ``need`` [...]; everything visible if none does."""
+    depth = logits - _peak(logits)[..., None]
+    weights, need = depth.exp(), need[..., None]
+    # the largest threshold whose set is heavy enough lies in [low, high)
+    low, high = torch.full_like(need, -_DEPTH), torch.full_like(need, 1e-3)
+    for _ in range(_ROUNDS):
+        middle = (low + high) / 2
+        enough = torch.where(depth >= middle, weights, 0.0).sum(-1, keepdim=True) >= need
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    return (logits > -torch.inf) & (depth >= low)
+
+
+def _peak(logits: Tensor) -> Tensor:
+    return logits.amax(-1).clamp_min(torch.finfo(logits.dtype).min)
+
+
+def select(estimate: Tensor, noise: Tensor | float, exact: Tensor, p: float, share: float | None = None) -> Selection:
+    """Tokens to read for each query, from estimated and exact logits [..., T].
+
+    noise: variance of the estimate, broadcastable to it. Only candidates' ``exact`` logits are looked at. share: what
+    candidates hold, at least ``p``; None: all but a fifth of what may be missing.
+    """
+    share = 1 - (1 - p) / 5 if share is None else share
+    likely = expected_logits(estimate, noise)
+    candidates = top_p(likely, share)
+    if share < 1:
+        # the estimate's noise made candidates look heavier than they are: admit more until the rest is light enough
+        found = torch.where(candidates, exact, -torch.inf).logsumexp(-1)
+        allowed = (found - _peak(likely)).exp() * (1 - share) / share
+        candidates = candidates | _heaviest(likely, (likely - _peak(likely)[..., None]).exp().sum(-1) - allowed)
+    # the rest is counted twice over: it is small, and the normal law may be wrong by a factor
+    total = torch.where(candidates, exact, likely + _CAUTION).logsumexp(-1)
+    return Selection(top_p(torch.where(candidates, exact, -torch.inf), p, total), candidates)
+
+
+def expected_logits(estimate: Tensor, noise: Tensor | float) -> Tensor:
+    """log E[exp(logit) | estimate] for each token [..., T], if logits of one query are normally distributed.
+
+    With logits N(m, s^2) and an unbiased estimate of variance ``noise``, the logit given the estimate is
+    N(m + rho (estimate - m), rho noise), rho = s^2 / (s^2 + noise); m and s^2 + noise are the row's own moments.
+    Without this, the sum over the rest is wrong either way: E exp(noise) > 1, but a low estimate is often bad luck.
+    """
+    mean = estimate.mean(-1, keepdim=True)
+    variance = estimate.var(-1, keepdim=True, correction=0).clamp_min(torch.finfo(estimate.dtype).tiny)
+    rho = (1 - torch.as_tensor(noise) / variance).clamp(0.0, 1.0)
+    return mean + rho * (estimate - mean) + rho * noise / 2
+
+
+def mass(logits: Tensor, kept: Tensor) -> Tensor:
+    """The share of softmax(``logits``) that falls on ``kept``, [...]."""
+    chosen = torch.where(kept, logits, -torch.inf).logsumexp(-1)
+    return (chosen - logits.logsumexp(-1)).exp()
+
+
+def output_bound(missing: Tensor, values: Tensor, kept: Tensor, out: Tensor) -> Tensor:
+    """An upper bound of ||o - o_kept||, [...]: the missing mass times the farthest value that was left out.
+
+    o = (1 - m) o_kept + m o_rest, and o_rest is a mean of the rest. missing: [...]; values: [..., T, D]; kept:
+    [..., T]; out: o_kept [..., D].
+    """
+    # ||v - o||^2 by its parts: no [..., T, D] of differences
+    distance = values.square().sum(-1) - 2 * (values @ out[..., None]).squeeze(-1) + out.square().sum(-1, keepdim=True)
+    farthest = torch.where(kept, 0.0, distance.clamp_min(0.0)).amax(-1).sqrt()
+    return missing * farthest
+
+
+def quest_scores(queries: Tensor, keys: Tensor, page: int = 16) -> Tensor:
+    """Quest's upper bound of q.k in each page of ``page`` tokens, [..., S, T/page].
+
+    https://arxiv.org/abs/2406.10774: the sum over channels of max(q * min, q * max). queries: [..., S, D]; keys:
+    [..., T, D], T a multiple of ``page``.
+    """
+    pages = keys.unflatten(-2, (-1, page))
+    low, high = pages.amin(-2), pages.amax(-2)
+    return queries.clamp_min(0) @ high.mT + queries.clamp_max(0) @ low.mT
