@@ -12,6 +12,7 @@ from kvtool.methods.affine import Affine
 from kvtool.methods.base import Method
 from kvtool.methods.exact import Exact
 from kvtool.methods.fp8 import Fp8
+from kvtool.methods.rabitq import RaBitQ
 from kvtool.methods.rdkv import RDKV
 from kvtool.methods.turboquant import TurboQuant
 
@@ -21,6 +22,7 @@ METHODS: dict[str, type[Method]] = {
     "affine": Affine,
     "turboquant": TurboQuant,
     "rdkv": RDKV,
+    "rabitq": RaBitQ,
 }
 
 
