@@ -6,7 +6,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import cached_property
+from functools import lru_cache
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -32,19 +32,15 @@ class Rope(BaseModel):
     Channels beyond R are left alone (partial rotary).
     """
 
-    model_config = ConfigDict(frozen=True, ignored_types=(cached_property,))
+    model_config = ConfigDict(frozen=True)
 
     inv_freq: tuple[float, ...] = Field(min_length=1)
     scaling: float = 1.0
 
-    @cached_property
-    def _inv_freq(self) -> Tensor:
-        return torch.tensor(self.inv_freq, dtype=torch.float64)
-
     def table(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine, float32 [T, R/2] each, for integer ``positions`` [T]; scaled."""
         # float64: at 1M positions a float32 angle is off by 0.06 rad
-        angle = positions.to(torch.float64)[:, None] * self._inv_freq.to(positions.device)
+        angle = positions.to(torch.float64)[:, None] * _frequencies(self.inv_freq).to(positions.device)
         return (angle.cos() * self.scaling).float(), (angle.sin() * self.scaling).float()
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
@@ -61,6 +57,12 @@ class Rope(BaseModel):
         half = len(self.inv_freq)
         first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
         return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
+
+
+@lru_cache
+def _frequencies(inv_freq: tuple[float, ...]) -> Tensor:
+    # not kept on the Rope: two of them must compare by their fields alone
+    return torch.tensor(inv_freq, dtype=torch.float64)
 
 
 class LayerShape(BaseModel):
