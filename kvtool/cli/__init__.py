@@ -24,7 +24,9 @@ from kvtool.errors import KvtoolError
 # in the order of the work: command, module, function, heading in --help
 COMMANDS = (
     ("capture", "kvtool.cli.capture", "capture", "The job, in order"),
+    ("calibrate", "kvtool.cli.calibrate", "calibrate", "The job, in order"),
     ("verify-bound", "kvtool.cli.verify_bound", "verify_bound", "The job, in order"),
+    ("generate", "kvtool.cli.generate", "generate", "The job, in order"),
     ("eval", "kvtool.cli.evaluate", "evaluate", "The job, in order"),
     ("inspect", "kvtool.cli.inspect", "inspect", "Look"),
     ("methods", "kvtool.cli.methods", "methods", "Look"),

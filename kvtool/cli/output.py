@@ -9,7 +9,8 @@ from typing import Any
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-talk = Console(stderr=True, highlight=False)
+# as it is: a path may hold brackets, and a sentence stays one line where there is no terminal
+talk = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
 def emit(records: Sequence[dict[str, Any]], table: Callable[[], RenderableType], *, as_json: bool) -> None:
