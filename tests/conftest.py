@@ -3,6 +3,7 @@
 import os
 import random
 import string
+import sys
 
 # a test never sees the user's own directory, nor the network
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -20,10 +21,37 @@ def kvtool_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
     return home
 
 
+@pytest.fixture(autouse=True)
+def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """kvtool's uninitialised memory holds NaN, so that an output nobody wrote fails loudly."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        tensor = empty(*args, **kwargs)
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if caller.startswith("kvtool") and tensor.is_floating_point():
+            tensor.fill_(float("nan"))
+        return tensor
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
 @pytest.fixture(scope="session")
 def tiny_model():
     """A random Llama: 2 layers, 4 query heads on 2 KV heads, head_dim 32, 97 tokens; the tokenizer knows bytes."""
-    return make_tiny()
+    return make_tiny_model()
+
+
+@pytest.fixture(scope="session")
+def make_tiny():
+    """``make_tiny(**config)``: another random Llama."""
+    return make_tiny_model
+
+
+@pytest.fixture(scope="session")
+def wrap():
+    """``wrap(cls, config, name)``: a random model of any class, with the tokenizer of the tiny one."""
+    return wrap_model
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +66,7 @@ def tiny_capture(tiny_model, tmp_path_factory):
 TEXT = "".join(random.Random(0).choices(string.ascii_letters + " .,\n", k=1000))
 
 
-def make_tiny(**overrides):
+def make_tiny_model(**overrides):
     """A random Llama as ``LoadedModel``; ``overrides`` go to its config."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -56,10 +84,10 @@ def make_tiny(**overrides):
         # wide enough that attention is not flat and greedy choices are not ties
         initializer_range=0.3,
     )
-    return wrap(LlamaForCausalLM, LlamaConfig(**(options | overrides)))
+    return wrap_model(LlamaForCausalLM, LlamaConfig(**(options | overrides)))
 
 
-def wrap(cls, config, name="tiny"):
+def wrap_model(cls, config, name="tiny"):
     """A random model of class ``cls``, always the same one, as ``LoadedModel``."""
     from kvtool.models import LoadedModel
 
