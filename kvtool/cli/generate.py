@@ -78,8 +78,8 @@ def generate(
     ratio = served.full_bytes / served.stored_bytes if served.stored_bytes else 0.0
     talk.print(
         f"{served.prompt_tokens} + {len(served.ids)} tokens in {seconds:.1f} s, {artifact.method.name}, "
-        f"{served.backend}: cache {format_bytes(served.stored_bytes)} instead of {format_bytes(served.full_bytes)} ({ratio:.2f}x), "
-        f"{served.bits_per_value:.2f} bits per value, sinks and window included"
+        f"{served.backend}: cache {format_bytes(served.stored_bytes)} instead of {format_bytes(served.full_bytes)} "
+        f"({ratio:.2f}x), {served.bits_per_value:.2f} bits per value, sinks and window included"
     )
     if compare:
         talk.print("full cache:")
