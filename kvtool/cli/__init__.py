@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from kvtool import __version__
 from kvtool.errors import KvtoolError
@@ -50,6 +50,20 @@ class _Commands(TyperGroup):
             raise typer.Exit from None
 
 
+class _Command(TyperCommand):
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """``-o NAME VALUE`` is one option in two words, which typer cannot say: it becomes ``-o NAME=VALUE``."""
+        joined: list[str] = []
+        words = iter(args)
+        for word in words:
+            joined.append(word)
+            name = next(words, None) if word in ("-o", "--option") else None
+            if name is not None:
+                value = None if "=" in name else next(words, None)
+                joined.append(name if value is None else f"{name}={value}")
+        return super().parse_args(ctx, joined)
+
+
 app = typer.Typer(
     name="kvtool",
     cls=_Commands,
@@ -80,7 +94,7 @@ def _options(
 
 
 for _name, _module, _function, _panel in COMMANDS:
-    app.command(_name, rich_help_panel=_panel)(getattr(import_module(_module), _function))
+    app.command(_name, cls=_Command, rich_help_panel=_panel)(getattr(import_module(_module), _function))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

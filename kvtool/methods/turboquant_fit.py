@@ -43,7 +43,7 @@ def fit(
         for part in parts:
             tensors[f"{part.name}_rotation"] = rotation.draw(method.rotation, H, part.dim, generator)
         for part, book in zip(parts, _codebooks(method, samples, so_far, side), strict=True):
-            tensors[f"{part.name}_levels"] = book.levels
+            tensors[f"{part.name}_levels"] = book.levels.clone()  # layers share a table, files may not
             tensors[f"{part.name}_step"] = torch.tensor([book.step], dtype=torch.float32)
     if method.qjl != "none":
         tensors["sketch"] = sketches.draw(method.qjl, H, D, generator)
