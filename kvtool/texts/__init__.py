@@ -46,7 +46,7 @@ def names() -> list[str]:
 
 
 def load(name: str | Path) -> str:
-    """A shipped text by name, a ``.txt`` or ``.jsonl`` file (field ``text``) by path, or ``datasets:ID[:SPLIT[:FIELD]]``.
+    """A shipped text by name, a file by path (txt, or jsonl with a field ``text``), or ``datasets:ID[:SPLIT[:FIELD]]``.
 
     Raises:
         InputError: no such text, an unreadable file, or no text in it.
