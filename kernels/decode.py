@@ -1,0 +1,202 @@
+"""Split-KV attention over packed pages, plain Triton: one program is a KV head and a share of its pages.
+
+Every warp owns whole pages and keeps its own running maximum, sum and output, so nothing crosses warps before the end.
+The queries are operand A of the integer tensor-core product: a query is 16 bits, rows 0-7 of a tile its high bytes,
+rows 8-15 its low ones, so the thread that holds one half of a score holds the other. The accumulator layout of the
+scores is the operand layout of the weights, which are quantised the same way for the product with the values.
+
+    x_t = cap(c * k_t * (128 high + low))      k_t: scale of token t, c: query scale * softmax scale * log2 e
+    p_t = 2^(x_t - m);  l = sum p_t            m: running maximum
+    w_t = round(32512 p_t v_t / u)             v_t: scale of token t, u: running maximum of v
+    o   = u / 32512 * (sum w_t byte_t - OFFSET sum w_t)
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kvtool.kernels.fragments import fragments, key_operand, load_table, load_unit, value_operand
+
+
+@triton.jit(do_not_specialize=["splits"])
+def decode(
+    QUERY,  # int8 [programs, groups, 2*ROWS, 32], high and low bytes in tiles of 8 + 8 rows
+    QUERY_SCALE,  # float32 [programs, ROWS]
+    QUERY_START,  # int32 [programs, ROWS], what the offsets of the levels contribute to every score
+    KEY_PAGES,  # int32 words, page p of head h of sequence b at b*key_b + h*key_h + p*key_p
+    VALUE_PAGES,
+    KEY_SCALES,  # float16, 64 a page
+    VALUE_SCALES,
+    KEY_TABLE,
+    VALUE_TABLE,
+    PAGES,  # int32 [B], pages in use
+    PAGE_TABLE,  # int32 [B, capacity] or unused
+    BIAS,  # float32 [programs, ROWS, T], added to the logits in units of log2, or unused
+    OUT,  # float32 [programs, splits, ROWS, 32*groups]
+    LSE,  # float32 [programs, splits, ROWS], log2
+    splits,
+    key_b,
+    key_h,
+    key_p,
+    value_b,
+    value_h,
+    value_p,
+    scale_b,
+    scale_h,
+    scale_p,
+    table_b,
+    bias_row,
+    softcap,
+    H: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,  # of ROWS queries, per KV head
+    GROUPS: tl.constexpr,
+    KEY_WIDTHS: tl.constexpr,
+    VALUE_WIDTHS: tl.constexpr,
+    KEY_OFFSETS: tl.constexpr,  # of the groups' units in a page, words
+    VALUE_OFFSETS: tl.constexpr,
+    LEVEL_OFFSETS: tl.constexpr,  # of the values' levels, per group
+    PAGED: tl.constexpr,
+    BIASED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    PDL: tl.constexpr,
+    P: tl.constexpr,  # pages of a warp in one step
+    STAGES: tl.constexpr,
+    WARPS: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Attention of ROWS queries over this program's pages, normalised, with its log-sum-exp."""
+    program = tl.program_id(0)
+    split = tl.program_id(1)
+    b = (program // BLOCKS // H).to(tl.int64)
+    h = (program // BLOCKS % H).to(tl.int64)
+    T: tl.constexpr = 64 * P
+    pages = tl.load(PAGES + b)
+    first, last = (split * pages) // splits, ((split + 1) * pages) // splits
+
+    key_table = load_table(KEY_TABLE, ASM)
+    value_table = load_table(VALUE_TABLE, ASM)
+    rows = tl.arange(0, ROWS)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    scale = tl.load(QUERY_SCALE + program * ROWS + rows)[None, :, None]
+    start = tl.load(QUERY_START + program * ROWS + rows)
+    # the low rows of each tile of 16 carry the start
+    start = tl.join(start * 0, start).reshape(ROWS // 8, 8, 2).permute(0, 2, 1).reshape(2 * ROWS)
+    start = start[None, :, None] + tl.zeros([WARPS, 2 * ROWS, T], tl.int32)
+    queries = ()
+    for i in tl.static_range(GROUPS):
+        at = (program * GROUPS + i) * (2 * ROWS * 32)
+        at += tl.arange(0, 2 * ROWS)[:, None] * 32 + tl.arange(0, 32)[None, :]
+        queries = queries + (tl.load(QUERY + at)[None, :, :].broadcast_to(WARPS, 2 * ROWS, 32),)
+
+    m = tl.full([WARPS, ROWS], -1e30, tl.float32)
+    u = tl.full([WARPS], 2.0**-24, tl.float32)
+    l = tl.zeros([WARPS, ROWS, 4], tl.float32)  # one partial sum a lane of the quad
+    total = tl.zeros([WARPS, ROWS, 4], tl.float32)
+    out = ()
+    for i in tl.static_range(GROUPS):
+        out = out + (tl.zeros([WARPS, ROWS, 32], tl.float32),)
+
+    mine = tl.arange(0, WARPS)[:, None] * P + tl.arange(0, P)[None, :]
+    for step in tl.range(first, last, WARPS * P, num_stages=STAGES):
+        page = step + mine
+        used = page < last
+        if PAGED:
+            where = tl.load(PAGE_TABLE + b * table_b + page, mask=used, other=0).to(tl.int64)
+        else:
+            where = page.to(tl.int64)
+        key_at = KEY_PAGES + b * key_b + h * key_h + where * key_p
+        value_at = VALUE_PAGES + b * value_b + h * value_h + where * value_p
+        scale_at = (b * scale_b + h * scale_h + where * scale_p)[:, :, None] + tl.arange(0, 64)[None, None, :]
+        loaded = used[:, :, None] & (tl.arange(0, 64) >= 0)[None, None, :]
+        k = _score_order(tl.load(KEY_SCALES + scale_at, mask=loaded, other=0.0).to(tl.float32), WARPS, P)
+        v = _score_order(tl.load(VALUE_SCALES + scale_at, mask=loaded, other=0.0).to(tl.float32), WARPS, P)
+
+        score = start
+        for i in tl.static_range(GROUPS):
+            if KEY_WIDTHS[i] > 0:
+                words = load_unit(key_at + KEY_OFFSETS[i], used, KEY_WIDTHS[i])
+                unit = key_operand(fragments(words, key_table, KEY_WIDTHS[i], WARPS, P, ASM), WARPS, P)
+                score = tl.dot(queries[i], unit, score, out_dtype=tl.int32)
+        high, low = _halves(score, WARPS, ROWS, T)
+        x = (high * 128 + low).to(tl.float32) * k[:, None, :]
+        # an absent page must neither touch the maximum nor weigh anything, even before any page was seen
+        absent = tl.where(used, 0.0, -2e30)
+        if CAPPED:
+            # tanh z = 1 - 2 / (e^2z + 1), in units of log2
+            x = softcap * (1 - 2 / (tl.exp2(x * (scale * 2.8853900817779268 / softcap)) + 1))
+        else:
+            x = x * scale
+        if BIASED:
+            token = (page * 64)[:, :, None] + tl.arange(0, 64)[None, None, :]
+            token = token.reshape(WARPS, 1, T).to(tl.int64)
+            at = (program.to(tl.int64) * ROWS + rows)[None, :, None] * bias_row + token
+            x += tl.load(BIAS + at, mask=used[:, :, None].broadcast_to(WARPS, P, 64).reshape(WARPS, 1, T), other=0.0)
+        if P > 1:
+            x += (absent[:, :, None] + tl.zeros([WARPS, P, 64], tl.float32)).reshape(WARPS, 1, T)
+        absent = tl.max(absent, 1)[:, None]  # of one page; of several, none is left unless all are absent
+        new_m = tl.maximum(m, tl.max(x, 2) + absent)
+        new_u = tl.maximum(u, tl.max(v, 1))
+        shrink = tl.exp2(m - new_m)
+        p = tl.exp2(x + (absent - new_m)[:, :, None])
+        # 1.5 * 2^23 puts the rounded weight in the low bits; + 128 makes the low byte signed
+        w = p * (v * (32512.0 / new_u)[:, None])[:, None, :] + 12583040.0
+        l = l * shrink[:, :, None] + _quad_sum(p, WARPS, ROWS, P)
+        fade = shrink * (u / new_u)[:, None]
+        total = total * fade[:, :, None] + _quad_sum(w - 12583040.0, WARPS, ROWS, P)
+        weights = _weights(w.to(tl.int32, bitcast=True), WARPS, ROWS, P)
+        new_out = ()
+        for i in tl.static_range(GROUPS):
+            if VALUE_WIDTHS[i] > 0:
+                words = load_unit(value_at + VALUE_OFFSETS[i], used, VALUE_WIDTHS[i])
+                unit = value_operand(fragments(words, value_table, VALUE_WIDTHS[i], WARPS, P, ASM), WARPS, P)
+                sums = tl.dot(weights, unit, out_dtype=tl.int32)
+                high, low = _halves(sums, WARPS, ROWS, 32)
+                new_out = new_out + (out[i] * fade[:, :, None] + (high * 256 + low).to(tl.float32),)
+            else:
+                new_out = new_out + (out[i],)
+        out = new_out
+        m, u = new_m, new_u
+
+    # the warps' partial results are parts like any other
+    top = tl.max(m, 0)
+    share = tl.exp2(m - top[None, :])
+    sum_l = tl.sum(share * tl.sum(l, 2), 0)
+    share = share * (u / 32512.0)[:, None]
+    sum_w = tl.sum(share * tl.sum(total, 2), 0)
+    inverse = tl.where(sum_l > 0, 1.0 / sum_l, 0.0)
+    base = (program.to(tl.int64) * splits + split) * ROWS + rows
+    for i in tl.static_range(GROUPS):
+        o = (tl.sum(out[i] * share[:, :, None], 0) - LEVEL_OFFSETS[i] * sum_w[:, None]) * inverse[:, None]
+        tl.store(OUT + base[:, None] * (32 * GROUPS) + 32 * i + tl.arange(0, 32)[None, :], o)
+    tl.store(LSE + base, tl.where(sum_l > 0, top + tl.log2(sum_l), -1e30))
+
+
+@triton.jit
+def _score_order(x, W: tl.constexpr, P: tl.constexpr):
+    """Per-token numbers as stored, [W, P, (q, u, r)], to token order [W, 64*P]."""
+    return x.reshape(W, P, 4, 8, 2).permute(0, 1, 3, 2, 4).reshape(W, 64 * P)
+
+
+@triton.jit
+def _halves(x, W: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr):
+    """High and low rows [W, ROWS, N] of an accumulator [W, 2*ROWS, N]; both are in the same thread."""
+    return tl.split(x.reshape(W, ROWS // 8, 2, 8, N).permute(0, 1, 3, 4, 2).reshape(W, ROWS, N, 2))
+
+
+@triton.jit
+def _quad_sum(x, W: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr):
+    """[W, ROWS, T] summed over the tokens that one thread holds, to [W, ROWS, 4]."""
+    x = x.reshape(W, ROWS, 8 * P, 4, 2)
+    return tl.sum(tl.sum(x, 4), 2)
+
+
+@triton.jit
+def _weights(bits, W: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr):
+    """Rounded weights + 128, [W, ROWS, T] int32, to operand A of the values: int8 [W, 2*ROWS, T], high and low."""
+    high = (bits >> 8).to(tl.int8)
+    low = (bits ^ 0x80).to(tl.int8)
+    x = tl.join(high, low).reshape(W, ROWS // 8, 8, P * 2, 2, 2, 4, 2, 2)  # [.., page and half, h, e, q, e, high/low]
+    return x.permute(0, 1, 8, 2, 3, 6, 4, 5, 7).reshape(W, 2 * ROWS, 64 * P)

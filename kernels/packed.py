@@ -1,0 +1,323 @@
+"""Attention over packed pages: what the kernels need to know, what they refuse, and the three launches.
+
+Only widths, levels and two linear maps tell methods apart here: codes -> levels -> scale per token -> linear map.
+"""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from kvtool import packing
+from kvtool.attention import Attended
+from kvtool.errors import BackendError
+from kvtool.kernels import decode
+from kvtool.kernels.fragments import OFFSET, TABLE_WORDS
+from kvtool.kernels.merge import merge
+from kvtool.kernels.query import prepare
+
+HEAD_DIMS = (64, 80, 96, 128, 256)
+MAX_GROUP = 8  # query heads per KV head
+MAX_QUERIES = 8  # query tokens per step
+LOG2E = math.log2(math.e)
+
+
+class Packed(NamedTuple):
+    """One layer's pages: page n of sequence b is at [b, h, n] or, with a page table, at [0, h, table[b, n]].
+
+    key_pages, value_pages: uint8 [B, H, N, page bytes].
+    key_scales, value_scales: float16 [B, H, N, 64], not negative, in the order of ``packing.pack_tokens``.
+    """
+
+    key_pages: Tensor
+    key_scales: Tensor
+    value_pages: Tensor
+    value_scales: Tensor
+
+
+@dataclass(frozen=True)
+class Codec:
+    """What the codes mean: q . k = scale * (q key_map) . levels[codes], and v = scale * levels[codes] value_map.
+
+    key_map: float32 [H or 1, D, 32*groups].  value_map: float32 [H or 1, 32*groups, D].
+    key_levels, value_levels: int8 [2^width] for the widths 2, 3 and 4 in use; those of 4 bits are odd (2u - 127).
+        Width 1 has levels -1 and 1, width 8 has code - 128.
+    """
+
+    key_widths: tuple[int, ...]
+    value_widths: tuple[int, ...]
+    key_map: Tensor
+    value_map: Tensor
+    key_levels: Mapping[int, Tensor]
+    value_levels: Mapping[int, Tensor]
+    # the same in the kernels' terms
+    query_map: Tensor = field(init=False)
+    output_map: Tensor = field(init=False)
+    key_table: Tensor = field(init=False)
+    value_table: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        device = self.key_map.device
+        derived = {
+            "query_map": (self.key_map.float() * _units(self.key_widths).to(device)).contiguous(),
+            "output_map": (self.value_map.float() * _units(self.value_widths).to(device)[:, None]).contiguous(),
+            "key_table": table(self.key_levels).to(device),
+            "value_table": table(self.value_levels).to(device),
+        }
+        for name, tensor in derived.items():
+            object.__setattr__(self, name, tensor)
+
+
+def table(levels: Mapping[int, Tensor]) -> Tensor:
+    """The words of a side's look-up tables, int32 [8, 4], each four times over; see fragments.py."""
+    words = torch.zeros(TABLE_WORDS, 4, dtype=torch.uint8)
+    for width, first in ((4, 0), (3, 4), (2, 6)):
+        if width in levels:
+            entries = levels[width].cpu().to(torch.int16)
+            if width == 4:
+                if not bool((entries % 2 == 1).all()):
+                    raise BackendError(f"levels of 4 bits: expected 16 odd numbers, found {entries.tolist()}")
+                entries = (entries + 127) // 2
+            words[first : first + len(entries) // 4] = entries.to(torch.int8).view(torch.uint8).reshape(-1, 4)
+    return words.view(torch.int32).expand(-1, 4).contiguous()
+
+
+def _units(widths: Sequence[int]) -> Tensor:
+    """What one unit of a kernel's level is worth: at 4 bits it has u - 63.5 for 2u - 127, at 1 bit 32 for 1."""
+    units = torch.tensor([{4: 2.0, 1: 1 / 32}.get(width, 1.0) for width in widths])
+    return units.repeat_interleave(packing.GROUP)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a decode is cut up. The defaults are for the H100; see docs/kernels.md for the measurements.
+
+    gluon: which of the two kernels.  splits: programs per KV head, or None for one resident wave.
+    stages: steps of pages in flight.  pdl: programmatic dependent launch, compute capability 9.0 and up.
+    """
+
+    gluon: bool = False
+    splits: int | None = None
+    stages: int = 3
+    warps: int = 4
+    pdl: bool = False
+
+
+def attend_packed(
+    queries: Tensor,
+    kv: Packed,
+    codec: Codec,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    pages: Tensor | None = None,
+    page_table: Tensor | None = None,
+    bias: Tensor | None = None,
+    launch: Launch | None = None,
+) -> Attended:
+    """Attention of ``queries`` [B, HQ, S, D] over packed pages; every query sees every page in use.
+
+    pages: int32 [B] on the device, pages in use; default: all.
+    page_table: int32 [B, N] on the device, where page n of sequence b is.
+    bias: [B, HQ, S, 64*N], added to the scaled (and capped) logits.
+
+    Raises:
+        BackendError: a shape, dtype or device the kernels do not serve.
+    """
+    check(queries, kv, codec, page_table)
+    device = queries.device
+    launch = launch or default_launch(device)
+    B, HQ, S, D = queries.shape
+    H, groups = kv.key_pages.shape[1], len(codec.key_widths)
+    used_rows = HQ // H * S
+    ROWS = _rows(used_rows, launch.gluon)
+    blocks = -(-used_rows // ROWS)
+    programs = B * H * blocks
+    capacity = (kv.key_pages if page_table is None else page_table[:, None]).shape[2]
+    splits = launch.splits or _splits(programs, capacity, codec, launch, device)
+    if pages is None:
+        pages = _full(B, capacity, device)
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    TILE = 2 * max(ROWS, 8)
+    dims = {"H": H, "ROWS": ROWS, "BLOCKS": blocks, "GROUPS": groups}
+    padded = {"D": D, "DIMS": triton.next_power_of_2(D), "PDL": launch.pdl}
+    pdl = {"launch_pdl": True} if launch.pdl else {}
+    query = new(programs, groups, TILE, 32, dtype=torch.int8)
+    query_scale, query_start = new(programs, ROWS), new(programs, ROWS, dtype=torch.int32)
+    prepare[(programs, ROWS)](
+        queries,
+        codec.query_map,
+        query,
+        query_scale,
+        query_start,
+        used_rows,
+        *queries.stride()[:3],
+        codec.query_map.stride(0) if codec.query_map.shape[0] > 1 else 0,
+        scale * LOG2E,
+        S=S,
+        TILE=TILE,
+        LEVEL_OFFSETS=tuple(OFFSET[width] for width in codec.key_widths),
+        **dims,
+        **padded,
+        **pdl,
+    )
+    out, lse = new(programs, splits, ROWS, 32 * groups), new(programs, splits, ROWS)
+    words = kv.key_pages.view(torch.int32), kv.value_pages.view(torch.int32)
+    strides = [(0 if page_table is not None else x.stride(0), *x.stride()[1:3]) for x in (*words, kv.key_scales)]
+    rows_of_bias = None if bias is None else _bias_rows(bias, B, H, used_rows, blocks * ROWS)
+    options: dict[str, Any] = {
+        "KEY_WIDTHS": codec.key_widths,
+        "VALUE_WIDTHS": codec.value_widths,
+        "KEY_OFFSETS": _starts(codec.key_widths),
+        "VALUE_OFFSETS": _starts(codec.value_widths),
+        "LEVEL_OFFSETS": tuple(OFFSET[width] for width in codec.value_widths),
+        "PAGED": page_table is not None,
+        "BIASED": bias is not None,
+        "CAPPED": softcap is not None,
+        "STAGES": launch.stages,
+        "PDL": launch.pdl,
+        "num_warps": launch.warps,
+    }
+    if launch.gluon:
+        from kvtool.kernels import decode_gluon  # not everywhere, and not in the interpreter
+
+        kernel, extra = decode_gluon.decode, {"RAW": all(width < 2 for width in codec.key_widths)}
+    else:
+        kernel, extra = decode.decode, {"P": 1, "WARPS": launch.warps, "ASM": _nvidia(device)}
+    kernel[(programs, splits)](
+        query,
+        query_scale,
+        query_start,
+        *words,
+        kv.key_scales,
+        kv.value_scales,
+        codec.key_table,
+        codec.value_table,
+        pages,
+        pages if page_table is None else page_table,
+        query_scale if rows_of_bias is None else rows_of_bias,
+        out,
+        lse,
+        splits,
+        *(stride for tensor in strides for stride in tensor),
+        capacity,
+        0 if rows_of_bias is None else rows_of_bias.shape[-1],
+        (softcap or 0.0) * LOG2E,
+        **options,
+        **extra,
+        **dims,
+        **pdl,
+    )
+    merged, merged_lse = new(B, HQ, S, D), new(B, HQ, S)
+    merge[(programs, ROWS)](
+        out,
+        lse,
+        codec.output_map,
+        merged,
+        merged_lse,
+        splits,
+        used_rows,
+        codec.output_map.stride(0) if codec.output_map.shape[0] > 1 else 0,
+        SPLITS=triton.next_power_of_2(splits),
+        **dims,
+        **padded,
+        **pdl,
+    )
+    return Attended(merged, merged_lse)
+
+
+def check(queries: Tensor, kv: Packed, codec: Codec, page_table: Tensor | None) -> None:
+    """Refuse what the kernels do not serve.
+
+    Raises:
+        BackendError: in one sentence.
+    """
+
+    def refuse(what: str, expected: str, found: object) -> None:
+        raise BackendError(f"kernels: {what}: expected {expected}, found {found}; use --backend reference")
+
+    _, HQ, S, D = queries.shape
+    H, groups = kv.key_pages.shape[1], packing.groups(D)
+    if D not in HEAD_DIMS:
+        refuse("head_dim", f"one of {', '.join(map(str, HEAD_DIMS))}", D)
+    if HQ % H or HQ // H > MAX_GROUP:
+        refuse("query heads", f"1 to {MAX_GROUP} per KV head", f"{HQ} for {H}")
+    if not 1 <= S <= MAX_QUERIES:
+        refuse("query tokens in a step", f"1 to {MAX_QUERIES}", S)
+    if queries.stride(-1) != 1 or not queries.is_floating_point():
+        refuse("queries", "floats, contiguous in the last dimension", f"{queries.dtype}, strides {queries.stride()}")
+    if len(codec.key_widths) != groups or len(codec.value_widths) != groups:
+        refuse("widths", f"{groups} groups of 32 channels", f"{codec.key_widths} and {codec.value_widths}")
+    for name, pages, widths in (
+        ("key_pages", kv.key_pages, codec.key_widths),
+        ("value_pages", kv.value_pages, codec.value_widths),
+    ):
+        size = packing.page_bytes(widths)
+        if pages.dtype != torch.uint8 or pages.shape[-1] != size:
+            refuse(name, f"uint8, {size} bytes a page", f"{pages.dtype}, {pages.shape[-1]}")
+        if pages.stride(-1) != 1 or pages.data_ptr() % 16 or any(stride % 16 for stride in pages.stride()[:3]):
+            refuse(name, "contiguous pages on 16-byte boundaries", f"strides {pages.stride()}")
+    for name, scales in (("key_scales", kv.key_scales), ("value_scales", kv.value_scales)):
+        if scales.dtype != torch.float16 or scales.shape[-1] != packing.PAGE:
+            refuse(name, "float16, 64 a page", f"{scales.dtype}, {scales.shape[-1]}")
+        if scales.stride() != kv.key_scales.stride() or scales.stride(-1) != 1:
+            refuse(name, "the same strides for keys and values", f"{scales.stride()}")
+    if page_table is not None and (page_table.dtype != torch.int32 or not page_table.is_contiguous()):
+        refuse("page_table", "int32 [B, pages], contiguous", f"{page_table.dtype}, strides {page_table.stride()}")
+    devices = {str(x.device) for x in (queries, *kv, codec.key_map, codec.value_map)}
+    if len(devices) > 1:
+        refuse("tensors", "one device", " and ".join(sorted(devices)))
+
+
+def default_launch(device: torch.device, gluon: bool | None = None) -> Launch:
+    """The measured best for a device; ``gluon`` forces one of the two kernels."""
+    hopper = _nvidia(device) and torch.cuda.get_device_capability(device) >= (9, 0)
+    return Launch(gluon=hopper if gluon is None else gluon, pdl=hopper)
+
+
+def _rows(used: int, gluon: bool) -> int:
+    """Query rows of a program: the smallest tile that holds them; more rows take more programs."""
+    tiles = (4, 8) if gluon else (8, 16)
+    return next((rows for rows in tiles if used <= rows), tiles[-1])
+
+
+def _splits(programs: int, pages: int, codec: Codec, launch: Launch, device: torch.device) -> int:
+    """One resident wave of programs, each with at least two pages per warp."""
+    page = packing.page_bytes(codec.key_widths) + packing.page_bytes(codec.value_widths) + 256
+    resident = max(1, min(4, 220_000 // (launch.stages * launch.warps * page + 4096)))
+    wave = resident * _processors(device)
+    return max(1, min(wave // programs, -(-pages // (2 * launch.warps))))
+
+
+def _starts(widths: Sequence[int]) -> tuple[int, ...]:
+    return tuple(64 * sum(widths[:i]) for i in range(len(widths)))  # words
+
+
+def _bias_rows(bias: Tensor, B: int, H: int, used: int, rows: int) -> Tensor:
+    grouped = bias.expand(B, *bias.shape[1:]).reshape(B, H, used, -1)
+    padded = grouped.new_zeros(B, H, rows, grouped.shape[-1], dtype=torch.float32)
+    padded[:, :, :used] = grouped * LOG2E
+    return padded
+
+
+@lru_cache(maxsize=64)
+def _full(B: int, pages: int, device: torch.device) -> Tensor:
+    return torch.full((B,), pages, dtype=torch.int32, device=device)
+
+
+def _nvidia(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None and os.environ.get("TRITON_INTERPRET") != "1"
+
+
+@lru_cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

@@ -1,0 +1,58 @@
+"""The yardstick of the decode kernels: the same attention in float64, through ``packing`` and ``attention``."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from kvtool import packing
+from kvtool.attention import Attended, attend
+from kvtool.kernels.packed import Codec, Packed
+
+
+def reference(
+    queries: Tensor, kv: Packed, codec: Codec, *, scale: float, softcap: float | None = None, bias: Tensor | None = None
+) -> Attended:
+    """What ``attend_packed`` computes, of every page; same arguments."""
+    H, D = kv.key_pages.shape[1], queries.shape[-1]
+    dims = len(codec.key_widths) * packing.GROUP
+    key_codes = packing.unpack_keys(kv.key_pages, codec.key_widths, dims)
+    value_codes = packing.unpack_values(kv.value_pages, codec.value_widths, dims)
+    keys = _decoded(key_codes, kv.key_scales, codec.key_levels, codec.key_widths)
+    values = _decoded(value_codes, kv.value_scales, codec.value_levels, codec.value_widths) @ codec.value_map.double()
+    group = queries.shape[1] // H
+    turned = queries.double() @ codec.key_map.double().expand(H, D, dims).repeat_interleave(group, 0)
+    if bias is None:
+        return attend(turned, keys, values, scale=scale, softcap=softcap)
+    parts = [
+        # every query row has a bias of its own
+        attend(
+            turned[:, i, None, j, None],
+            keys[:, i // group, None],
+            values[:, i // group, None],
+            bias[:, i, j, None].double(),
+            scale=scale,
+            softcap=softcap,
+        )
+        for i in range(queries.shape[1])
+        for j in range(queries.shape[2])
+    ]
+    shape = queries.shape[:3]
+    out = torch.stack([part.out for part in parts], 1).reshape(*shape, -1)
+    return Attended(out, torch.stack([part.lse for part in parts], 1).reshape(shape))
+
+
+def decoded_levels(levels: Mapping[int, Tensor], width: int) -> Tensor:
+    """The level of every code of ``width`` bits, float32 [2^width]."""
+    if width in (2, 3, 4):
+        return levels[width].float()
+    codes = torch.arange(1 << width, dtype=torch.float32)
+    return {0: 0 * codes, 1: 2 * codes - 1, 8: codes - 128}[width]
+
+
+def _decoded(codes: Tensor, scales: Tensor, levels: Mapping[int, Tensor], widths: Sequence[int]) -> Tensor:
+    parts = [
+        decoded_levels(levels, width).to(codes.device).double()[group.int()]
+        for group, width in zip(codes.split(packing.GROUP, -1), widths, strict=True)
+    ]
+    return torch.cat(parts, -1) * packing.unpack_tokens(scales).double()[..., None]
