@@ -74,7 +74,7 @@ def fit(
         CalibrationError: the artifact cannot be written.
     """
     policy = policy or CachePolicy()
-    shown = _FitPart(capture, policy.sinks)
+    shown = _FitPart(capture, 0 if method.sees_sinks else policy.sinks)
     _check_layers(capture, method)
     free = method.data_free()
     steps = 2 * len(capture.layers)  # each layer is fitted, then scored
@@ -84,10 +84,16 @@ def fit(
             progress(done, steps)
 
     tensors = method.fit(cast(Capture, shown), progress=report)
+    raced = method.race(
+        capture, tensors, policy=policy, start=shown.stop, report=lambda done: report(steps // 2 + done)
+    )
+    tensors = tensors if raced is None else raced.tensors
     candidates = [Calibration(method, capture.shape, tensors, policy)]
     if free is not None:
         candidates.append(Calibration(free, capture.shape, free.fit(cast(Capture, shown)), policy))
-    errors = _errors(capture, candidates, shown.stop, lambda done: report(steps // 2 + done))
+    errors = {}
+    if raced is None:
+        errors = _errors(capture, candidates, shown.stop, lambda done: report(steps // 2 + done))
     summary = _summary(errors)
     worse = (summary.get("difference") or 0.0) > 0
     kept = "data-free" if worse else "fitted"
@@ -105,13 +111,16 @@ def fit(
         "kept": kept,
         "held_out": {"measure": "relative L2 error of the attention output, mean over layers", **summary},
     }
+    if raced is not None:
+        provenance["held_out"] = raced.record
     calibration = Calibration(chosen.method, chosen.shape, chosen.tensors, policy, provenance)
     path = calibration.save(out or default_path(manifest.model, chosen.method))
     home.remember("calibration", path)
     scores = tuple(
         LayerScore(i, float(e[0].mean()), float(e[1].mean()) if len(e) > 1 else None) for i, e in errors.items()
     )
-    return FitReport(calibration, path, _verdict(method, summary), kept, scores, **summary)
+    verdict = _verdict(method, summary) if raced is None else raced.verdict
+    return FitReport(calibration, path, verdict, kept, scores, **summary)
 
 
 def default_path(model: str, method: Method) -> Path:

@@ -60,9 +60,9 @@ def statistics(samples: Sequence["LayerSample"]) -> Statistics:
     for sample in samples:
         keys = sample.pre_rope_keys()[:, _SINKS:]
         count, total = count + keys.shape[1], total + keys.sum(1)
-    if count < 4 * _QUERIES:
+    if count < 2 * _QUERIES:
         raise CaptureError(
-            f"rdkv needs {4 * _QUERIES} captured tokens besides sinks, found {count}; capture a longer text"
+            f"rdkv needs {2 * _QUERIES} captured tokens besides sinks, found {count}; capture a longer text"
         )
     mean = total / count
     key = torch.zeros_like(mean)
@@ -274,6 +274,10 @@ def fit(method: "RDKV", capture: "Capture", progress: Progress | None = None) ->
     for done, i in enumerate(capture.layers):
         samples = list(capture.samples(i))
         layers[i] = fit_layer(samples, capture.shape.layers[i], seed=method.seed)
+        if method.weights != "auto":
+            layers[i]["family"] = torch.tensor(method.families.index(method.weights), dtype=torch.uint8)
+        if method.eviction is not None:
+            layers[i]["eviction"] = torch.tensor(method.eviction)
         _check_keeps_something(method, share, samples, layers[i])
         if method.scope == "model":
             demands[i] = demand(method, samples, layers[i], capture.shape.rope(i))
@@ -301,6 +305,9 @@ def fit_layer(samples: "Sequence[LayerSample]", shape: LayerShape, *, seed: int)
         "distortion": distortion,
         "importance": importance(samples, shape),
         "fraction": torch.tensor(1.0),
+        # until tuned: what served the embedded model best
+        "family": torch.tensor(0, dtype=torch.uint8),
+        "eviction": torch.tensor(16.0),
     }
 
 

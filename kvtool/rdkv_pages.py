@@ -96,6 +96,26 @@ def unpack(kv: Pages, layer: "LayerCalibration", positions: Tensor) -> tuple[Ten
     return keys, values, real
 
 
+def restore(
+    keys: Tensor, values: Tensor, levels: Tensor, layer: "LayerCalibration", positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What keys and values [1, H, T, D] look like after :func:`pack` and :func:`unpack`, each token at its own place.
+
+    Evicted tokens are zeros. For measuring many allocations: bits are not packed.
+    """
+    rotated = _Rotated(keys, values, layer, positions)
+    centre = _centre(layer, positions)
+    out_keys, out_values = torch.zeros_like(keys, dtype=torch.float32), torch.zeros_like(values, dtype=torch.float32)
+    for level, h, tokens in segments(levels[0]):
+        if rotated.width(h, level) == EXACT:
+            out_keys[0, h, tokens], out_values[0, h, tokens] = (x[0, h, tokens].half().float() for x in (keys, values))
+            continue
+        *codes, y_gain, v_gain = rotated.codes(0, h, level, tokens)
+        key, value = rotated.decode_codes(h, level, codes[0], codes[1], y_gain, v_gain)
+        out_keys[0, h, tokens], out_values[0, h, tokens] = key + centre[h, tokens], value
+    return out_keys, out_values
+
+
 def segments(levels: Tensor) -> Iterator[tuple[int, int, Tensor]]:
     """Level, head and tokens (ascending) of each segment of one sequence's ``levels`` [H, T], in stored order."""
     for level in range(LEVELS - 1, 0, -1):
@@ -136,11 +156,17 @@ class _Maps:
         if value_width == EXACT:
             key, value = (c.view(torch.float16).reshape(n * packing.PAGE, self.dim).float() for c in codes)
             return key, value
-        grouped = self.grouped(h, level)
         key_codes = packing.unpack_keys(codes[0].reshape(n, -1), key_widths, self.dim)
         value_codes = packing.unpack_values(codes[1].reshape(n, -1), [value_width] * len(key_widths), self.dim)
-        y = table_values(key_codes, key_widths) * self.scale(h, grouped) * gain(gains[0])[:, None]
-        v = table_values(value_codes, [value_width] * len(key_widths)) * gain(gains[1])[:, None]
+        return self.decode_codes(h, level, key_codes, value_codes, gains[0], gains[1])
+
+    def decode_codes(
+        self, h: int, level: int, key_codes: Tensor, value_codes: Tensor, key_gain: Tensor, value_gain: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        *key_widths, value_width = self.widths[h][level]
+        grouped = self.grouped(h, level)
+        y = table_values(key_codes, key_widths) * self.scale(h, grouped) * gain(key_gain)[:, None]
+        v = table_values(value_codes, [value_width] * len(key_widths)) * gain(value_gain)[:, None]
         return y @ self.key_basis[h, grouped].mT, v @ self.value_basis[h].mT
 
     def scale(self, h: int, grouped: int) -> Tensor:
@@ -166,14 +192,20 @@ class _Rotated(_Maps):
             none = torch.zeros(0, dtype=torch.uint8, device=tokens.device)
             raw = [_padded(x[b, h, tokens], fill).half().flatten().view(torch.uint8) for x in (self.keys, self.values)]
             return raw[0], raw[1], none, none
+        y_codes, v_codes, y_gain, v_gain = self.codes(b, h, level, tokens)
+        y_codes, v_codes = _padded(y_codes, fill), _padded(v_codes, fill)
+        packed = packing.pack_keys(y_codes, key_widths), packing.pack_values(v_codes, [value_width] * len(key_widths))
+        return packed[0].flatten(), packed[1].flatten(), _padded(y_gain, fill), _padded(v_gain, fill)
+
+    def codes(self, b: int, h: int, level: int, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        *key_widths, value_width = self.widths[h][level]
         grouped = self.grouped(h, level)
-        y = _padded(self.y[grouped][b, h, tokens], fill) / self.scale(h, grouped)
-        v = _padded(self.v[b, h, tokens], fill)
+        y = self.y[grouped][b, h, tokens] / self.scale(h, grouped)
+        v = self.v[b, h, tokens]
         y_gain, v_gain = gain_code(y), gain_code(v)
         y_codes = table_codes(y / gain(y_gain)[:, None], key_widths)
         v_codes = table_codes(v / gain(v_gain)[:, None], [value_width] * len(key_widths))
-        packed = packing.pack_keys(y_codes, key_widths), packing.pack_values(v_codes, [value_width] * len(key_widths))
-        return packed[0].flatten(), packed[1].flatten(), y_gain, v_gain
+        return y_codes, v_codes, y_gain, v_gain
 
 
 def gain_code(x: Tensor) -> Tensor:
@@ -218,7 +250,7 @@ def _centre(layer: "LayerCalibration", positions: Tensor) -> Tensor:
 
 
 def _padded(x: Tensor, fill: int) -> Tensor:
-    return torch.cat([x, x.new_zeros(fill, x.shape[-1])]) if fill else x
+    return torch.cat([x, x.new_zeros(fill, *x.shape[1:])]) if fill else x
 
 
 def _planes(levels: Tensor) -> Tensor:

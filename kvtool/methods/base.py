@@ -17,6 +17,8 @@ from kvtool.shapes import CacheShape, LayerShape, Rope, TensorSpec
 
 if TYPE_CHECKING:
     from kvtool.capture import Capture, LayerSample
+    from kvtool.policy import CachePolicy
+    from kvtool.race import Raced
 
 Progress = Callable[[int, int], None]  # done, total
 Carry = Any  # what a method hands from one block to the next; None for most
@@ -79,6 +81,7 @@ class Method(ABC):
     paper: ClassVar[str]  # URL of the source
     summary: ClassVar[str]  # one sentence for tables
     block: ClassVar[int | None] = packing.PAGE  # tokens compressed together
+    sees_sinks: ClassVar[bool] = False  # fit is shown the sinks as well: attention cannot be weighed without them
 
     def schema(self, shape: CacheShape) -> dict[str, TensorSpec]:
         """The tensors of an artifact: ``layers.<i>.<field>``, or ``<field>`` when layers share it."""
@@ -108,6 +111,18 @@ class Method(ABC):
     ) -> dict[str, Tensor]:
         """The tensors of :meth:`layer_schema`, from the samples of one layer. ``samples`` may be read several times."""
         return {}
+
+    def race(
+        self,
+        capture: "Capture",
+        tensors: dict[str, Tensor],
+        *,
+        policy: "CachePolicy",
+        start: int,
+        report: Callable[[int], None] | None = None,
+    ) -> "Raced | None":
+        """Choose between what was fitted and its rivals on tokens from ``start`` on; None: there is no choice."""
+        return None
 
     def data_free(self) -> "Self | None":
         """The same method without anything learnt from data, at the same rate; None if that is itself or impossible."""

@@ -11,6 +11,7 @@ rdkv_pages.py. Tokens that leave the window later come in blocks of 64 and are o
 by the same rule within the same budget per token, and bytes left over are carried to the next block.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import torch
@@ -29,6 +30,8 @@ from kvtool.shapes import CacheShape, LayerShape, TensorSpec
 
 if TYPE_CHECKING:
     from kvtool.capture import Capture
+    from kvtool.policy import CachePolicy
+    from kvtool.race import Raced
 
 
 class Budget(NamedTuple):
@@ -51,6 +54,8 @@ class RDKV(Method):
     paper: ClassVar[str] = "https://arxiv.org/abs/2605.08317"
     summary: ClassVar[str] = "spends a byte budget where attention needs it; eviction is the width 0"
     block: ClassVar[int | None] = None
+    sees_sinks: ClassVar[bool] = True
+    families: ClassVar[tuple[str, ...]] = ("second-order", "paper")
 
     budget: str = Field("12.5%", description="bytes of the compressed tokens, as a share of 16 bits per value")
     bits: float | None = Field(None, gt=0, le=16, description="the same budget in bits per value")
@@ -58,10 +63,14 @@ class RDKV(Method):
     max_gib: float | None = Field(None, gt=0, description="the same budget as GiB of cache at at_context")
     at_context: str | None = Field(None, description="tokens of context that max_gib speaks of, e.g. 128k")
     scope: Literal["head", "layer", "model"] = Field("layer", description="what shares one budget")
-    weights: Literal["second-order", "paper"] = Field("second-order", description="what a token is worth")
+    weights: Literal["auto", "second-order", "paper"] = Field(
+        "auto", description="what a token is worth; auto measures which one serves a layer better"
+    )
     window: int = Field(32, ge=1, le=1024, description="last queries whose attention is looked at")
     pool: int = Field(5, ge=1, le=63, description="tokens over which scores are averaged; odd")
-    eviction: float = Field(16.0, gt=0, le=1e4, description="cost of evicting, in units of its second-order cost")
+    eviction: float | None = Field(
+        None, gt=0, le=1e4, description="cost of evicting in units of its second-order cost; measured if not given"
+    )
     seed: int = Field(0, ge=0, description="of rotations and of the tokens measured when fitted")
 
     @field_validator("budget")
@@ -90,12 +99,28 @@ class RDKV(Method):
             "distortion": TensorSpec("float32", (H, LEVELS)),
             "importance": TensorSpec("float32", (shape.num_heads,)),
             "fraction": TensorSpec("float32", ()),
+            "family": TensorSpec("uint8", ()),
+            "eviction": TensorSpec("float32", ()),
         }
 
     def fit(self, capture: "Capture", *, progress: Progress | None = None) -> dict[str, Tensor]:
         from kvtool.rdkv_fit import fit
 
         return fit(self, capture, progress)
+
+    def race(
+        self,
+        capture: "Capture",
+        tensors: dict[str, Tensor],
+        *,
+        policy: "CachePolicy",
+        start: int,
+        report: Callable[[int], None] | None = None,
+    ) -> "Raced":
+        """Tune and compare on a capture; see race.py."""
+        from kvtool.race import race
+
+        return race(self, capture, tensors, policy=policy, start=start, report=report)
 
     def share(self, shape: CacheShape) -> float:
         """The budget as a share of 16 bits per compressed value."""
@@ -157,20 +182,21 @@ class RDKV(Method):
         self, keys: Tensor, values: Tensor, layer: LayerCalibration, queries: Tensor | None, carry: Carry
     ) -> tuple[Tensor, Tensor]:
         """What each token's eviction costs and what its noise costs, [B, H, T] each."""
+        eviction = float(layer["eviction"])
         if queries is None or queries.shape[2] == 0:
             # nothing is known: every token is worth the same
             flat = keys.new_ones(keys.shape[:3], dtype=torch.float32)
-            return flat * self.eviction, flat
+            return flat * eviction, flat
         rest = None if carry is None or carry.lse.numel() == 0 else Attended(carry.out, carry.lse)
         queries = queries[:, :, -(self.window if rest is None else rest.lse.shape[-1]) :]
         seen = scores.observe(queries, keys, values, rest, scale=layer.shape.scale, softcap=layer.shape.softcap)
-        if self.weights == "paper":
+        if self.families[int(layer["family"])] == "paper":
             mass = scores.smooth(scores.mass(seen), self.pool)
-            return mass * self.eviction, mass
+            return mass * eviction, mass
         worth = layer["importance"]
-        evicted = scores.smooth(scores.second_order(seen, values, worth, evicted=True), self.pool)
-        kept = scores.smooth(scores.second_order(seen, values, worth, evicted=False), self.pool)
-        return evicted * self.eviction, kept
+        lost = scores.smooth(scores.second_order(seen, values, worth, evicted=True), self.pool)
+        noisy = scores.smooth(scores.second_order(seen, values, worth, evicted=False), self.pool)
+        return lost * eviction, noisy
 
     def pages(self, evicted: Tensor, kept: Tensor, layer: LayerCalibration) -> tuple[Tensor, Tensor]:
         """Bytes [H, P, L] and predicted distortion [B, H, P, L] of every page at every level."""

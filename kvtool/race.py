@@ -1,0 +1,331 @@
+"""The race: rdkv's allocation against every uniform pair of widths that costs no more, and fp8, on held-out tokens.
+
+A mix of widths usually loses to the best uniform pair unless it is measured (docs/methods/rdkv.md), so the artifact
+is the winner, whichever it is. Each contestant compresses the middle of a held-out prompt; queries that come after the
+prompt attend to it. The measure is the squared error of the attention output over its energy, heads weighted by W_O,
+mean over layers; intervals are paired over blocks of queries.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from scipy import stats
+from torch import Tensor
+
+from kvtool import attention, rdkv_pages
+from kvtool.attention import Attended
+from kvtool.methods.base import LayerCalibration
+from kvtool.rdkv_pages import level_bytes
+
+if TYPE_CHECKING:
+    from kvtool.capture import Capture, LayerSample
+    from kvtool.methods.rdkv import RDKV
+    from kvtool.policy import CachePolicy
+
+WIDTHS = (1, 2, 3, 4, 8)
+QUERY_BLOCK = 32  # neighbouring queries are alike: their errors count as one observation
+_ASKED = 256  # queries after the prompt, at most
+_TUNE_TOKENS, _TUNE_ASKED = 1024, 128  # what a choice is tuned on: it is made many times
+_LEAST = 128  # compressed tokens below which nothing is decided
+_TUNED = (("second-order", 4.0), ("second-order", 16.0), ("second-order", 64.0), ("paper", 4.0), ("paper", 16.0))
+
+
+@dataclass(frozen=True)
+class Raced:
+    """What the race decided: the tensors to write, one line for a person, and the record of all contestants."""
+
+    tensors: dict[str, Tensor]
+    verdict: str
+    record: dict[str, Any]
+
+
+class Scene(NamedTuple):
+    """A prompt and the queries that come after it.
+
+    keys, values: the tokens to compress, [1, H, T, D], at ``positions`` [T].
+    around_keys, around_values: the ``sinks`` first tokens and the window of the prompt; before: its last queries.
+    asked: later queries [1, HQ, S, D]; rest: their attention over everything else; exact: over everything.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    around_keys: Tensor
+    around_values: Tensor
+    before: Tensor
+    asked: Tensor
+    rest: Attended
+    exact: Attended
+    sinks: int
+
+
+def race(
+    method: "RDKV",
+    capture: "Capture",
+    tensors: dict[str, Tensor],
+    *,
+    policy: "CachePolicy",
+    start: int,
+    report: Callable[[int], None] | None = None,
+) -> Raced:
+    """Tune what is left open on tokens before ``start``, race on those from ``start`` on, and pick the winner."""
+    tensors, errors, bits, tuned = dict(tensors), dict[str, list[Tensor]](), dict[str, list[float]](), dict[int, str]()
+    for done, i in enumerate(capture.layers):
+        own = {name.removeprefix(f"layers.{i}."): t for name, t in tensors.items() if name.startswith(f"layers.{i}.")}
+        layer = LayerCalibration(i, capture.shape.layers[i], capture.shape.rope(i), own)
+        samples = list(capture.samples(i))
+        worth = own["importance"]
+        tuning = [
+            s
+            for s in (
+                scene(x, policy, policy.sinks, start, tokens=_TUNE_TOKENS, asked=_TUNE_ASKED) for x in samples[:2]
+            )
+            if s
+        ]
+        if tuning:
+            layer, tuned[i] = _tune(method, layer, tuning, worth)
+            tensors |= {f"layers.{i}.{field}": layer[field] for field in ("family", "eviction")}
+        for sample in samples:
+            held = scene(sample, policy, start, sample.keys.shape[1])
+            if held is None:
+                continue
+            for name, (found, size) in _contest(method, layer, held).items():
+                errors.setdefault(name, []).append(_by_block(found, held.exact.out, worth))
+                bits.setdefault(name, []).append(size)
+        if report:
+            report(done + 1)
+    if not errors:
+        verdict = (
+            f"not raced: held-out samples leave fewer than {_LEAST} tokens to compress; capture a longer --context"
+        )
+        return Raced(tensors, verdict, {"raced": False, "tuned": tuned})
+    layers = len(capture.layers)
+    return _decide(tensors, _table(errors, bits, layers), tuned)
+
+
+def scene(
+    sample: "LayerSample",
+    policy: "CachePolicy",
+    start: int,
+    stop: int,
+    *,
+    tokens: int | None = None,
+    asked: int = _ASKED,
+) -> Scene | None:
+    """A prompt of the sinks and of tokens ``start`` to ``stop``, whose last sixth asks; None if it is too short.
+
+    tokens: compress the last so many of them only. asked: queries at most.
+    """
+    asked_count = min(asked, (stop - start) // 6)
+    end = stop - asked_count
+    recent = min(policy.window, (stop - start) // 6)
+    first = max(start, policy.sinks, end - recent - (tokens or stop))
+    if end - recent - first < _LEAST or asked_count < QUERY_BLOCK:
+        return None
+    assert sample.queries is not None
+    assert sample.query_positions is not None
+    shape, at = sample.shape, sample.query_positions
+    keys, values, queries = (x[None].float() for x in (sample.keys, sample.values, sample.queries))
+    before = queries[:, :, (at >= first) & (at < end)]
+    later = (at >= end) & (at < stop)
+    questions = queries[:, :, later]
+    if not before.shape[2] or questions.shape[2] < QUERY_BLOCK:
+        return None
+    inner = slice(first, end - recent)
+    around = torch.cat([torch.arange(policy.sinks), torch.arange(end - recent, end)])
+    others = torch.cat([around, torch.arange(end, stop)])
+    visible = sample.positions[others][None] <= at[later][:, None]
+    rest = _attend_visible(questions, keys[:, :, others], values[:, :, others], visible, shape.scale, shape.softcap)
+    part = attention.attend(questions, keys[:, :, inner], values[:, :, inner], scale=shape.scale, softcap=shape.softcap)
+    return Scene(
+        keys[:, :, inner],
+        values[:, :, inner],
+        sample.positions[inner],
+        keys[:, :, around],
+        values[:, :, around],
+        before,
+        questions,
+        rest,
+        attention.merge(rest, part),
+        policy.sinks,
+    )
+
+
+def _attend_visible(
+    queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float, softcap: float | None
+) -> Attended:
+    scores = attention.logits(queries, keys, scale=scale, softcap=softcap).masked_fill(~visible, -torch.inf)
+    lse = scores.logsumexp(-1)
+    out = scores.softmax(-1) @ values[:, :, None]
+    return Attended(out.flatten(1, 2), lse.flatten(1, 2))
+
+
+def _tune(
+    method: "RDKV", layer: LayerCalibration, scenes: Sequence[Scene], worth: Tensor
+) -> tuple[LayerCalibration, str]:
+    """The family of weights and the cost of eviction that serve this layer best on fitted text, unless chosen."""
+    best, chosen = math.inf, layer
+    for family, eviction in _TUNED:
+        if method.weights not in ("auto", family) or (method.eviction is not None and eviction != _TUNED[0][1]):
+            continue
+        settings = {
+            "family": torch.tensor(method.families.index(family), dtype=torch.uint8),
+            "eviction": torch.tensor(eviction if method.eviction is None else method.eviction),
+        }
+        candidate = replace(layer, tensors={**layer.tensors, **settings})
+        error = sum(float(_by_block(_mixed(method, candidate, one)[0], one.exact.out, worth).mean()) for one in scenes)
+        if error < best:
+            best, chosen = error, candidate
+    return chosen, f"{method.families[int(chosen['family'])]} x{float(chosen['eviction']):g}"
+
+
+def _contest(method: "RDKV", layer: LayerCalibration, one: Scene) -> dict[str, tuple[Tensor, float]]:
+    """Attention output and bits per value of every contestant."""
+    found = {"rdkv": _mixed(method, layer, one)}
+    for family in method.families:
+        kind = torch.tensor(method.families.index(family), dtype=torch.uint8)
+        if method.weights == "auto":
+            other = replace(layer, tensors={**layer.tensors, "family": kind})
+            found[f"rdkv {family}"] = _mixed(method, other, one)
+    tokens = torch.ones(one.keys.shape[:3], dtype=torch.uint8)
+    coded = {
+        width: rdkv_pages.restore(one.keys, one.values, tokens, uniform(layer, width, width), one.positions)
+        for width in WIDTHS
+    }
+    overhead = 3 / (2 * layer.shape.head_dim)
+    for k in WIDTHS:
+        pairs = {v: _bits(uniform(layer, k, v)) + overhead for v in WIDTHS}
+        fitting = [v for v in WIDTHS if pairs[v] <= 16 * float(layer["fraction"]) + 1e-6]
+        if not fitting:
+            continue
+        # one softmax serves every width of the values
+        values = torch.cat([coded[v][1] for v in fitting], -1)
+        part = attention.attend(one.asked, coded[k][0], values, scale=layer.shape.scale, softcap=layer.shape.softcap)
+        for v, out in zip(fitting, part.out.chunk(len(fitting), -1), strict=True):
+            found[f"k{k}v{v}"] = attention.merge(one.rest, Attended(out, part.lse)).out, pairs[v]
+    scale, softcap = layer.shape.scale, layer.shape.softcap
+    part = attention.attend(one.asked, _fp8(one.keys), _fp8(one.values), scale=scale, softcap=softcap)
+    found["fp8"] = attention.merge(one.rest, part).out, 8.0
+    return found
+
+
+def _mixed(method: "RDKV", layer: LayerCalibration, one: Scene) -> tuple[Tensor, float]:
+    carry = method.begin(one.before, one.around_keys, one.around_values, layer, sinks=one.sinks)
+    weights = method.token_weights(one.keys, one.values, layer, one.before, carry)
+    levels, left = method.plan(*weights, layer, torch.zeros(1))
+    keys, values = rdkv_pages.restore(one.keys, one.values, levels, layer, one.positions)
+    bias = torch.zeros(levels.shape).masked_fill(levels == 0, -torch.inf)
+    part = attention.attend(one.asked, keys, values, bias, scale=layer.shape.scale, softcap=layer.shape.softcap)
+    H, T, D = one.keys.shape[1:]
+    spent = 4 * H * T * D * float(layer["fraction"]) - float(left)
+    return attention.merge(one.rest, part).out, 4 * spent / (H * T * D)
+
+
+def uniform(layer: LayerCalibration, k: int, v: int) -> LayerCalibration:
+    """The same layer with one level besides eviction: every token at ``k`` bits for keys and ``v`` for values."""
+    return replace(layer, tensors={**layer.tensors, **_uniform(layer["widths"], k, v)})
+
+
+def _uniform(widths: Tensor, k: int, v: int) -> dict[str, Tensor]:
+    one = torch.full_like(widths, k)
+    one[..., -1] = v
+    one[:, 0] = 0
+    # a tiny distortion: a level that the budget pays for is always taken
+    distortion = torch.full(widths.shape[:2], 1e-6)
+    distortion[:, 0] = 1
+    return {"widths": one, "distortion": distortion}
+
+
+def _bits(layer: LayerCalibration) -> float:
+    size = level_bytes(layer["widths"], layer.shape.head_dim)[:, 1].double().mean()
+    return float(size) / (16 * layer.shape.head_dim)
+
+
+def _fp8(x: Tensor) -> Tensor:
+    scale = x.abs().amax((2, 3), keepdim=True).clamp(min=1e-12) / 448
+    return (x / scale).to(torch.float8_e4m3fn).float() * scale
+
+
+def _by_block(found: Tensor, exact: Tensor, worth: Tensor) -> Tensor:
+    """Squared error over energy for each block of queries, [blocks]; heads count by their ``worth`` [HQ]."""
+    weight = worth[:, None, None]
+    moved, energy = (found - exact).pow(2) * weight, exact.pow(2) * weight
+    blocks = range(0, exact.shape[2] - QUERY_BLOCK + 1, QUERY_BLOCK)
+    return torch.stack(
+        [moved[:, :, b : b + QUERY_BLOCK].sum() / energy[:, :, b : b + QUERY_BLOCK].sum() for b in blocks]
+    )
+
+
+class _Row(NamedTuple):
+    bits: float
+    errors: Tensor  # [observations], mean over layers
+
+
+def _table(errors: dict[str, list[Tensor]], bits: dict[str, list[float]], layers: int) -> dict[str, _Row]:
+    """Contestants that every layer could afford, with the error of each observation averaged over layers."""
+    full = max(len(found) for found in errors.values())
+    return {
+        name: _Row(
+            sum(bits[name]) / len(bits[name]),
+            # layers come one after the other, each with the same samples
+            torch.cat([torch.stack(found[i :: full // layers]).mean(0) for i in range(full // layers)]),
+        )
+        for name, found in errors.items()
+        if len(found) == full
+    }
+
+
+def _decide(tensors: dict[str, Tensor], rows: dict[str, _Row], tuned: dict[int, str]) -> Raced:
+    mix = rows["rdkv"]
+    pairs = {name: row for name, row in rows.items() if name[0] == "k"}
+    record: dict[str, Any] = {
+        "raced": True,
+        "measure": "squared error of the attention output over its energy, mean over layers, held-out tokens",
+        "contestants": {
+            name: {"bits": round(row.bits, 4), "error": float(row.errors.mean())} | _against(row, mix)
+            for name, row in sorted(rows.items(), key=lambda item: float(item[1].errors.mean()))
+        },
+        "tuned": tuned,
+        "winner": "rdkv",
+    }
+    at = f"at {mix.bits:.2f} bits per value"
+    if not pairs:
+        verdict = f"{at} no uniform pair of widths fits, so the mix is written: attention error {_mean(mix):.3g}"
+        return Raced(tensors, verdict, record)
+    name, best = min(pairs.items(), key=lambda item: _mean(item[1]))
+    ratio = _against(best, mix)
+    figures = f"attention error {_mean(mix):.3g} of the mix, {_mean(best):.3g} of {name} at {best.bits:.2f} bits"
+    spread = f"{ratio['ratio']:.3g} times, 95 % {ratio['low']:.3g} to {ratio['high']:.3g}"
+    if _mean(best) < _mean(mix):
+        record["winner"] = name
+        k, v = (int(x) for x in name[1:].split("v"))
+        changed = {
+            key.replace("widths", field): t
+            for key, widths in tensors.items()
+            if key.endswith(".widths")
+            for field, t in _uniform(widths, k, v).items()
+        }
+        return Raced(
+            {**tensors, **changed},
+            f"{at} the uniform pair {name} beats the mix and is written: {figures} ({spread})",
+            record,
+        )
+    clear = "beats" if ratio["low"] > 1 else "is ahead of, though not clearly,"
+    return Raced(tensors, f"{at} the mix {clear} every uniform pair and is written: {figures} ({spread})", record)
+
+
+def _mean(row: _Row) -> float:
+    return float(row.errors.mean())
+
+
+def _against(row: _Row, mix: _Row) -> dict[str, float]:
+    """How many times the error of the mix, with the paired 95 % interval over observations."""
+    logs = (row.errors.clamp(min=1e-20) / mix.errors.clamp(min=1e-20)).log().double()
+    n, middle = len(logs), float(logs.mean())
+    if n < 2:
+        return {"ratio": math.exp(middle), "low": 0.0, "high": math.inf}
+    half = float(stats.t.ppf(0.975, n - 1) * logs.std() / math.sqrt(n))
+    return {"ratio": math.exp(middle), "low": math.exp(middle - half), "high": math.exp(middle + half)}
