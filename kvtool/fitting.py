@@ -74,7 +74,7 @@ def fit(
         CalibrationError: the artifact cannot be written.
     """
     policy = policy or CachePolicy()
-    shown = _FitPart(capture, 0 if method.sees_sinks else policy.sinks)
+    shown = FitPart(capture, 0 if method.sees_sinks else policy.sinks)
     _check_layers(capture, method)
     free = method.data_free()
     steps = 2 * len(capture.layers)  # each layer is fitted, then scored
@@ -134,7 +134,7 @@ def default_path(model: str, method: Method) -> Path:
     return home.home() / "calibrations" / f"{stem}.safetensors"
 
 
-class _FitPart:
+class FitPart:
     """What a method may see of a capture: every sample without its sinks and its last quarter."""
 
     def __init__(self, capture: Capture, sinks: int) -> None:
