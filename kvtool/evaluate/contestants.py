@@ -4,10 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kvtool.calibration import CachePolicy, Calibration
+from kvtool.calibration import Calibration
 from kvtool.errors import InputError
 from kvtool.methods import make_method, suggest
 from kvtool.methods.exact import Exact
+from kvtool.policy import CachePolicy
 from kvtool.shapes import CacheShape
 
 DEFAULT_BASELINES = ("full", "fp8", "int8", "kivi4", "kivi2")

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -37,17 +38,17 @@ def versions() -> dict[str, str]:
 def drift_row(measured: Drift) -> Row:
     """The figures of the task kld."""
     return {
-        "ppl": measured.ppl,
-        "ppl_full": measured.ppl_full,
+        "ppl": known(measured.ppl),
+        "ppl_full": known(measured.ppl_full),
         **_estimate("ppl_ratio", measured.ppl_ratio),
         **_estimate("kld", measured.kld),
         "kld_token_error": known(measured.kld_token_error),
-        "kld_median": measured.kld_median,
-        "kld_p99": measured.kld_p99,
-        "kld_p999": measured.kld_p999,
-        "kld_max": measured.kld_max,
+        "kld_median": known(measured.kld_median),
+        "kld_p99": known(measured.kld_p99),
+        "kld_p999": known(measured.kld_p999),
+        "kld_max": known(measured.kld_max),
         **_estimate("same_top", measured.same_top),
-        "rms_dp": measured.rms_dp,
+        "rms_dp": known(measured.rms_dp),
         "positions": [{"from": a, "to": b, **_estimate("kld", kld)} for a, b, kld in measured.positions],
     }
 
@@ -76,8 +77,9 @@ def tally_row(tally: Tally) -> Row:
     """Attention errors and cost of one contestant."""
     errors = tally.attention_error()
     return {
-        "attention_error": max(errors.values(), default=None),
-        "attention_error_layers": {str(i): error for i, error in errors.items()},
+        "attention_error": known(fmean(errors.values())) if errors else None,
+        "attention_error_max": known(max(errors.values())) if errors else None,
+        "attention_error_layers": {str(i): known(error) for i, error in errors.items()},
         "backend": tally.backend,
         "bytes_peak": tally.peak,
         "seconds": tally.seconds,
@@ -118,7 +120,7 @@ def known(value: float) -> float | None:
 def mark_pareto(rows: list[Row]) -> None:
     """Add ``pareto`` and ``dominated_by``: another row is no worse in bits, drift and recall, and better in one.
 
-    Rows that are NaN anywhere are dominated by nothing and dominate nothing.
+    A row whose drift is not a number is dominated by nothing and dominates nothing.
     """
     for row in rows:
         better = [other["name"] for other in rows if other is not row and _dominates(other, row)]
@@ -127,9 +129,12 @@ def mark_pareto(rows: list[Row]) -> None:
 
 def _dominates(a: Row, b: Row) -> bool:
     signs = {"bits": 1, "kld": 1, "passkey": -1, "multikey": -1}
-    gains = [sign * (b[key] - a[key]) for key, sign in signs.items() if key in a and key in b]
+    signed = [(sign, a[key], b[key]) for key, sign in signs.items() if key in a]
+    if any(None in pair for pair in signed):
+        return False
+    gains = [sign * (theirs - mine) for sign, mine, theirs in signed]
     return all(gain >= 0 for gain in gains) and any(gain > 0 for gain in gains)
 
 
 def _estimate(name: str, value: Estimate) -> Row:
-    return {name: value.mean, f"{name}_error": known(value.error)}
+    return {name: known(value.mean), f"{name}_error": known(value.error)}

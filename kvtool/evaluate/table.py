@@ -15,16 +15,16 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "cache": lambda r: str(r["name"]),
     "bits/value": lambda r: f"{r['bits']:.2f}",
     "stored": lambda r: format_bytes(r["bytes_stored"]),
-    "PPL": lambda r: f"{r['ppl']:.4g}",
+    "PPL": lambda r: _number(r, "ppl", ".4g"),
     "PPL ratio": lambda r: _with_error(r, "ppl_ratio", 4),
     "KLD mean": lambda r: _with_error(r, "kld", 4),
-    "median": lambda r: f"{r['kld_median']:.2g}",
-    "99 %": lambda r: f"{r['kld_p99']:.2g}",
-    "99.9 %": lambda r: f"{r['kld_p999']:.2g}",
-    "max": lambda r: f"{r['kld_max']:.2g}",
-    "RMS dp %": lambda r: f"{100 * r['rms_dp']:.2f}",
-    "same top %": lambda r: f"{100 * r['same_top']:.1f}",
-    "attention": lambda r: "-" if r.get("attention_error") is None else f"{r['attention_error']:.2g}",
+    "median": lambda r: _number(r, "kld_median", ".2g"),
+    "99 %": lambda r: _number(r, "kld_p99", ".2g"),
+    "99.9 %": lambda r: _number(r, "kld_p999", ".2g"),
+    "max": lambda r: _number(r, "kld_max", ".2g"),
+    "RMS dp": lambda r: _number(r, "rms_dp", ".2%"),
+    "same top": lambda r: _number(r, "same_top", ".1%"),
+    "attention": lambda r: _number(r, "attention_error", ".1%"),
     "passkey": lambda r: _recall(r, "passkey"),
     "multikey": lambda r: _recall(r, "multikey"),
 }
@@ -50,7 +50,7 @@ def legend(rows: Sequence[Row]) -> str:
     """How the columns are defined."""
     text = (
         "* no other row is better in bits, KLD and recall at once; bits count every stored byte, exact tokens at 16; "
-        "KLD in nats, +- one standard error over segments; attention: relative L2 of the worst layer's output"
+        "KLD in nats, +- one standard error over segments; attention: relative L2 error of its output, mean over layers"
     )
     backends = sorted({row["backend"] for row in rows if row["backend"]})
     return f"{text}; back end: {', '.join(backends)}"
@@ -85,9 +85,14 @@ def _columns(rows: Sequence[Row]) -> list[str]:
     ]
 
 
+def _number(row: Row, key: str, form: str) -> str:
+    value = row.get(key)
+    return "-" if value is None else format(value, form)
+
+
 def _with_error(row: Row, key: str, digits: int) -> str:
     error = row[f"{key}_error"]
-    return f"{row[key]:.{digits}f}" + (f" ±{error:.{digits}f}" if error is not None else "")
+    return _number(row, key, f".{digits}f") + (f" ±{error:.{digits}f}" if error is not None else "")
 
 
 def _recall(row: Row, task: str) -> str:

@@ -1,0 +1,129 @@
+"""A pass key trial hides one key, asks for it after the context is compressed, and believes only the exact answer."""
+
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kvtool.errors import InputError
+from kvtool.evaluate.passkey import DEPTHS, Outcome, Prompt, answer, make_prompts, recall
+
+HAY = "The cat sat on the mat. It was warm there! Was it late? No one knew, and no one asked. "
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model):
+    return tiny_model.tokenizer
+
+
+@pytest.fixture(scope="module")
+def haystack(tokenizer):
+    return tokenizer(HAY * 40)["input_ids"]
+
+
+class Scripted:
+    """A model that says ``words`` one after the other, whatever it is given."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, words):
+        self.words, self.calls = list(words), []
+
+    def __call__(self, ids, **_):
+        self.calls.append(ids.shape[1])
+        logits = torch.zeros(1, 1, 50)
+        said = self.words[max(0, len(self.calls) - 2)]
+        logits[0, 0, said] = 4.0
+        return SimpleNamespace(logits=logits)
+
+
+@pytest.mark.parametrize("multikey", [False, True])
+@pytest.mark.parametrize("context", [700, 1024, 1999])
+def test_a_prompt_has_the_length_it_says(tokenizer, haystack, context, multikey):
+    for prompt in make_prompts(tokenizer, haystack, context=context, trials=11, seed=0, multikey=multikey):
+        assert len(prompt.context) + len(prompt.question) + len(prompt.answer) == context
+
+
+def test_the_wording(tokenizer, haystack):
+    prompt = make_prompts(tokenizer, haystack, context=1024, trials=1, seed=0)[0]
+    text = tokenizer.decode(prompt.context)
+    assert text.startswith(
+        "A secret pass key is hidden within the following text. Make sure to memorize it. "
+        "I will quiz you about it afterwards.\n\n"
+    )
+    key = prompt.key
+    assert f"\n\nThe secret pass key is: {key}. Remember it. The secret pass key is: {key}.\n\n" in text
+    assert tokenizer.decode(prompt.question) == (
+        "\n\nWhat is the secret pass key mentioned in the provided text?\nThe secret pass key is:"
+    )
+    assert tokenizer.decode(prompt.answer) == f" {key}"
+
+
+def test_the_needle_stands_at_its_depth_after_a_sentence(tokenizer, haystack):
+    prompts = make_prompts(tokenizer, haystack, context=1500, trials=22, seed=3)
+    assert sorted({prompt.depth for prompt in prompts}) == list(DEPTHS)
+    for prompt in prompts:
+        text = tokenizer.decode(prompt.context)
+        body = text[text.index("afterwards.\n\n") + len("afterwards.\n\n") :]
+        before, _, after = body.partition(f"\n\nThe secret pass key is: {prompt.key}.")
+        share = len(before) / (len(before) + len(after))
+        # it moves back by at most one sentence of the haystack, and the needle's own rest counts as after
+        assert prompt.depth - 0.15 < share <= prompt.depth + 0.01
+        if prompt.depth not in (0, 1):
+            assert before.endswith((".", "!", "?"))
+
+
+def test_four_labelled_keys_and_one_asked_for(tokenizer, haystack):
+    for prompt in make_prompts(tokenizer, haystack, context=1400, trials=5, seed=1, multikey=True):
+        text, question = tokenizer.decode(prompt.context), tokenizer.decode(prompt.question)
+        assert text.count("The secret pass key for ") == 4
+        label = question.partition("secret pass key for ")[2].partition(" mentioned")[0]
+        assert f"The secret pass key for {label} is: {prompt.key}." in text
+        assert question.endswith(f"The secret pass key for {label} is:")
+
+
+def test_prompts_depend_on_the_seed_alone(tokenizer, haystack):
+    make = lambda seed: make_prompts(tokenizer, haystack, context=900, trials=4, seed=seed)  # noqa: E731
+    random.seed(0)
+    first = make(1)
+    random.seed(1)
+    assert make(1) == first
+    assert make(2) != first
+
+
+def test_few_trials_still_reach_both_ends(tokenizer, haystack):
+    prompts = make_prompts(tokenizer, haystack, context=900, trials=3, seed=0)
+    assert [prompt.depth for prompt in prompts] == [0.0, 0.5, 1.0]
+
+
+def test_what_does_not_fit_is_refused(tokenizer, haystack):
+    with pytest.raises(InputError, match=r"--passkey-context 100: the question alone takes \d+ tokens"):
+        make_prompts(tokenizer, haystack, context=100, trials=1, seed=0)
+    with pytest.raises(InputError, match=r"the haystack has only \d+ tokens; name a longer --haystack"):
+        make_prompts(tokenizer, haystack, context=10000, trials=1, seed=0)
+
+
+PROMPT = Prompt(context=[1], question=[2] * 10, answer=[7, 8, 9], depth=0.5, key="789")
+
+
+def test_the_exact_key_is_a_hit():
+    model = Scripted([7, 8, 9])
+    # 10 tokens of question in chunks of 8, then one call for each answer token but the last
+    assert answer(model, None, PROMPT, chunk=8) == Outcome(True, 4.0)
+    assert model.calls == [8, 2, 1, 1]
+
+
+def test_a_wrong_token_is_a_miss_and_ends_the_trial():
+    model = Scripted([7, 5, 9])
+    assert answer(model, None, PROMPT, chunk=8) == Outcome(False, -4.0)
+    assert model.calls == [8, 2, 1]
+
+
+def test_recall_by_depth():
+    prompts = [Prompt([], [], [], depth, "1") for depth in (0.0, 0.0, 0.5, 1.0)]
+    outcomes = [Outcome(True, 3.0), Outcome(False, -1.0), Outcome(True, 5.0), Outcome(True, 2.0)]
+    found = recall(prompts, outcomes)
+    assert (found.hits, found.trials) == (3, 4)
+    assert found.by_depth == {0.0: (1, 2), 0.5: (1, 1), 1.0: (1, 1)}
+    assert found.low < 0.75 < found.high
