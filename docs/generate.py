@@ -42,12 +42,14 @@ def cli_page() -> str:
         "",
         "Generated from the program; `kvtool COMMAND --help` says the same.",
         "",
-        "Data goes to stdout, talk to stderr. A table, or with `--json` one JSON object per line, whose keys are stable.",
-        "Exit status 0: done; 1: a check failed (a bound violated, a gate missed, a damaged file); 2: something for you to",
-        "change, said in one sentence; 70: a defect of kvtool; 130 and 143: stopped by Ctrl-C or SIGTERM.",
+        "Data goes to stdout, talk to stderr. A table, or with `--json` one JSON object a line with stable keys.",
+        "",
+        "Exit status 0: done; 1: a check failed (a bound violated, a gate missed, a damaged file); 2: something for you",
+        "to change, said in one sentence; 70: a defect of kvtool; 130 and 143: stopped by Ctrl-C or SIGTERM.",
+        "",
         "Lengths are in tokens, `128k` is 131072; bits are `3` or, keys and values apart, `k4v3`.",
         "",
-        "`kvtool --debug COMMAND ...` adds the traceback to an error; `--install-completion` teaches the shell the options.",
+        "`kvtool --debug COMMAND ...` adds the traceback to an error; `--install-completion` teaches the shell.",
     ]
     for name, _, _, _ in COMMANDS:
         lines += ["", *_command(name, group.commands[name])]  # type: ignore[attr-defined]
