@@ -1,13 +1,13 @@
 """A pass key trial hides one key, asks for it after the context is compressed, and believes only the exact answer."""
 
 import random
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from kvtool.errors import InputError
 from kvtool.evaluate.passkey import DEPTHS, Outcome, Prompt, answer, make_prompts, recall
+from kvtool.runtime import exact_prefill
 
 HAY = "The cat sat on the mat. It was warm there! Was it late? No one knew, and no one asked. "
 
@@ -20,22 +20,6 @@ def tokenizer(tiny_model):
 @pytest.fixture(scope="module")
 def haystack(tokenizer):
     return tokenizer(HAY * 40)["input_ids"]
-
-
-class Scripted:
-    """A model that says ``words`` one after the other, whatever it is given."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, words):
-        self.words, self.calls = list(words), []
-
-    def __call__(self, ids, **_):
-        self.calls.append(ids.shape[1])
-        logits = torch.zeros(1, 1, 50)
-        said = self.words[max(0, len(self.calls) - 2)]
-        logits[0, 0, said] = 4.0
-        return SimpleNamespace(logits=logits)
 
 
 @pytest.mark.parametrize("multikey", [False, True])
@@ -104,20 +88,46 @@ def test_what_does_not_fit_is_refused(tokenizer, haystack):
         make_prompts(tokenizer, haystack, context=10000, trials=1, seed=0)
 
 
-PROMPT = Prompt(context=[1], question=[2] * 10, answer=[7, 8, 9], depth=0.5, key="789")
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_a_hit_is_what_greedy_generation_gives(tiny_model, tokenizer, chunk):
+    model, ids = tiny_model.model, tokenizer(HAY * 2)["input_ids"]
+    whole = torch.tensor([ids])
+    # a mask of its own: generate() would take the space, token 0, for padding
+    mask = torch.ones_like(whole)
+    said = model.generate(whole, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    context, question, words = ids[:100], ids[100:], said[0, len(ids) :].tolist()
+
+    def asked(answer_words):
+        with torch.inference_mode():
+            prompt = Prompt(context, question, answer_words, 0.5, "")
+            return answer(model, exact_prefill(model, torch.tensor([context])).cache, prompt, chunk=chunk)
+
+    right = asked(words)
+    assert right.hit
+    assert right.margin > 0
+    for wrong in range(6):
+        changed = list(words)
+        changed[wrong] = (changed[wrong] + 1) % 97
+        missed = asked(changed)
+        assert not missed.hit
+        assert missed.margin < 0
 
 
-def test_the_exact_key_is_a_hit():
-    model = Scripted([7, 8, 9])
-    # 10 tokens of question in chunks of 8, then one call for each answer token but the last
-    assert answer(model, None, PROMPT, chunk=8) == Outcome(True, 4.0)
-    assert model.calls == [8, 2, 1, 1]
-
-
-def test_a_wrong_token_is_a_miss_and_ends_the_trial():
-    model = Scripted([7, 5, 9])
-    assert answer(model, None, PROMPT, chunk=8) == Outcome(False, -4.0)
-    assert model.calls == [8, 2, 1]
+def test_the_margin_is_the_least_over_the_key(tiny_model):
+    model, ids = tiny_model.model, list(range(40))
+    with torch.inference_mode():
+        logits = model(torch.tensor([ids])).logits[0, 34:39].double()
+        found = answer(
+            model,
+            exact_prefill(model, torch.tensor([ids[:20]])).cache,
+            Prompt([], ids[20:35], ids[35:], 0, ""),
+            chunk=4,
+        )
+    expected = torch.tensor(ids[35:])
+    own = logits.gather(1, expected[:, None])
+    others = logits.scatter(1, expected[:, None], -torch.inf).amax(1, keepdim=True)
+    # two orders of summation of the same float32 forward pass
+    assert found.margin == pytest.approx((own - others).min().item(), abs=1e-4)
 
 
 def test_recall_by_depth():

@@ -1,8 +1,8 @@
 """Pass keys: can the model still find a number that was hidden in its context?
 
 Wording and protocol are those for which the full cache of small models recalls every key: a 5-digit key in prose, a
-chat question, an answer begun by us. The context is compressed before the question is seen; the answer is generated
-greedily and must match token for token. ``multikey`` hides four labelled keys and asks for one.
+chat question, an answer begun by us. The context is compressed before the question is seen; greedy generation must
+give the key token for token. ``multikey`` hides four labelled keys and asks for one.
 """
 
 import random
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -86,19 +85,19 @@ def make_prompts(
 
 
 def answer(model: PreTrainedModel, cache: Cache, prompt: Prompt, *, chunk: int) -> Outcome:
-    """Read the question in chunks, then generate greedily for as long as the key's tokens come out."""
-    device = model.device
-    for ids in torch.tensor([prompt.question], device=device).split(chunk, 1):
-        logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
-    margin = float("inf")
-    for i, token in enumerate(prompt.answer):
-        margin = min(margin, _margin(logits, token))
-        if margin <= 0:
-            return Outcome(False, margin)
-        if i + 1 < len(prompt.answer):
-            following = torch.tensor([[token]], device=device)
-            logits = model(following, past_key_values=cache, use_cache=True).logits[0, -1]
-    return Outcome(True, margin)
+    """Read the question, then see whether greedy generation gives the key, ``chunk`` tokens a pass.
+
+    The key is generated as a draft that is verified: it comes out exactly if each of its tokens is the most likely one
+    after the question and those before it. ``chunk=1`` takes the steps one by one, as serving does.
+    """
+    read, expected = prompt.question + prompt.answer[:-1], torch.tensor(prompt.answer, device=model.device)
+    kept = []
+    for ids in torch.tensor([read], device=model.device).split(chunk, 1):
+        kept.append(model(ids, past_key_values=cache, use_cache=True, logits_to_keep=len(expected)).logits[0])
+    logits = torch.cat(kept)[-len(expected) :].float()
+    wanted = logits.gather(-1, expected[:, None])[:, 0]
+    margin = (wanted - logits.scatter(-1, expected[:, None], -torch.inf).amax(-1)).min().item()
+    return Outcome(margin > 0, margin)
 
 
 def recall(prompts: Sequence[Prompt], outcomes: Sequence[Outcome]) -> Recall:
@@ -111,13 +110,6 @@ def recall(prompts: Sequence[Prompt], outcomes: Sequence[Outcome]) -> Recall:
     low, high = clopper_pearson(hits, len(outcomes))
     margins = sorted(outcome.margin for outcome in outcomes)
     return Recall(hits, len(outcomes), low, high, dict(sorted(by_depth.items())), margins[len(margins) // 2])
-
-
-def _margin(logits: Tensor, token: int) -> float:
-    wanted = logits[token].item()
-    others = logits.clone()
-    others[token] = -torch.inf
-    return wanted - others.max().item()
 
 
 def _spread(trials: int) -> list[float]:
