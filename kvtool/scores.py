@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvtool import attention
 from kvtool.attention import Attended
+from kvtool.shapes import LayerShape
 
 
 class Observed(NamedTuple):
@@ -50,6 +51,16 @@ def observe(
         share = (rest.lse.reshape(B, H, HQ // H, W) - lse).exp()
         out = out + share[..., None] * rest.out.reshape(B, H, HQ // H, W, D).to(out.dtype)
     return Observed(weights, out)
+
+
+def around(queries: Tensor, keys: Tensor, values: Tensor, shape: LayerShape, *, sinks: int) -> Attended:
+    """Attention of the last ``queries`` over what stays exact: ``sinks`` first tokens and the newest ones, causally."""
+    scale, softcap = shape.scale, shape.softcap
+    first = attention.attend(queries, keys[:, :, :sinks], values[:, :, :sinks], scale=scale, softcap=softcap)
+    newest = attention.attend(
+        queries, keys[:, :, sinks:], values[:, :, sinks:], scale=scale, softcap=softcap, causal=True
+    )
+    return attention.merge(first, newest)
 
 
 def mass(seen: Observed) -> Tensor:

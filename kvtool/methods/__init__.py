@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from kvtool.errors import MethodOptionError
 from kvtool.methods.affine import Affine
 from kvtool.methods.base import Method
+from kvtool.methods.eviction import Eviction
 from kvtool.methods.exact import Exact
 from kvtool.methods.fp8 import Fp8
 from kvtool.methods.rabitq import RaBitQ
@@ -22,6 +23,7 @@ METHODS: dict[str, type[Method]] = {
     "affine": Affine,
     "turboquant": TurboQuant,
     "rdkv": RDKV,
+    "eviction": Eviction,
     "rabitq": RaBitQ,
 }
 

@@ -19,7 +19,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from kvtool import attention, rdkv_pages, scores
+from kvtool import rdkv_pages, scores
 from kvtool.allocation import allocate
 from kvtool.attention import Attended
 from kvtool.methods.base import Carry, Decompressed, LayerCalibration, Method, Progress
@@ -147,12 +147,7 @@ class RDKV(Method):
             return carry
         # a query must not see tokens after it: no more queries than tokens in the window
         queries = queries[:, :, -min(self.window, max(1, keys.shape[2] - sinks)) :]
-        scale, softcap = layer.shape.scale, layer.shape.softcap
-        split = [[x[:, :, :sinks], x[:, :, sinks:]] for x in (keys, values)]
-        rest = attention.merge(
-            attention.attend(queries, split[0][0], split[1][0], scale=scale, softcap=softcap),
-            attention.attend(queries, split[0][1], split[1][1], scale=scale, softcap=softcap, causal=True),
-        )
+        rest = scores.around(queries, keys, values, layer.shape, sinks=sinks)
         left = torch.zeros(len(keys), device=keys.device) if carry is None else carry.left
         return Budget(left, rest.out, rest.lse)
 

@@ -1,0 +1,177 @@
+"""Eviction alone: the baselines rdkv is measured against, at equal bytes and through the same cache.
+
+    snapkv      attention of the last queries, averaged over 5 neighbouring tokens (arXiv 2404.14469)
+    pyramidkv   the same scores; lower layers keep more, on a straight line with beta = 20 (arXiv 2406.02069)
+    tova        attention of the last query, one score for all heads (arXiv 2401.06104)
+    expected    attention that a Gaussian of queries at the next 512 positions expects, times ||v|| (kvpress 0.5.5):
+                E exp(q.k s) = exp(s k.mu + s^2 k^T Sigma k / 2)
+    streaming   the most recent tokens (arXiv 2309.17453)
+
+Kept tokens stay in 16 bits at their own positions. Sinks and window are exact outside, as for every method. Of tokens
+that leave the window later each block keeps its share, fractions carried on.
+"""
+
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+
+import torch
+from pydantic import Field, field_validator
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from kvtool import scores
+from kvtool.attention import Attended
+from kvtool.methods.base import Carry, Decompressed, LayerCalibration, Method, Progress
+from kvtool.rdkv_budget import parse_share
+from kvtool.shapes import LayerShape, TensorSpec
+
+if TYPE_CHECKING:
+    from kvtool.capture import Capture
+
+_BETA = 20  # PyramidKV: the topmost layer keeps 1/20 of the mean
+_FUTURE = 512  # positions that expected attention looks ahead
+
+
+class KeptKV(NamedTuple):
+    """The tokens that were kept, 16-bit [B, H, K, D], in order."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class Seen(NamedTuple):
+    """The carry. owed: tokens [B] that rounding has not yet kept; recent: tokens of the window [B]; out, lse: attention
+    of the last queries over what stays exact."""
+
+    owed: Tensor
+    recent: Tensor
+    out: Tensor
+    lse: Tensor
+
+
+@dataclass(frozen=True)
+class Eviction(Method):
+    """Keep the tokens that score best, drop the others."""
+
+    name: ClassVar[str] = "eviction"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2404.14469"
+    summary: ClassVar[str] = "keeps some tokens in 16 bits and drops the others: SnapKV and its relatives"
+    block: ClassVar[int | None] = None
+
+    policy: Literal["snapkv", "pyramidkv", "tova", "expected", "streaming"] = Field(
+        "snapkv", description="how tokens are scored"
+    )
+    budget: str = Field("12.5%", description="share of the tokens between sinks and window that is kept")
+    window: int = Field(64, ge=1, le=1024, description="last queries whose attention is looked at")
+    pool: int = Field(5, ge=1, le=63, description="tokens over which scores are averaged; odd")
+
+    @field_validator("budget")
+    @classmethod
+    def _is_a_share(cls, text: str) -> str:
+        parse_share(text)
+        return text
+
+    def layer_schema(self, shape: LayerShape) -> dict[str, TensorSpec]:
+        return {"fraction": TensorSpec("float32", ())}
+
+    def fit(self, capture: "Capture", *, progress: Progress | None = None) -> dict[str, Tensor]:
+        layers = capture.shape.compressible
+        share = parse_share(self.budget)
+        fractions = pyramid(share, len(layers)) if self.policy == "pyramidkv" else [share] * len(layers)
+        return {f"layers.{i}.fraction": torch.tensor(f) for i, f in zip(layers, fractions, strict=True)}
+
+    def begin(
+        self,
+        queries: Tensor | None,
+        keys: Tensor,
+        values: Tensor,
+        layer: LayerCalibration,
+        *,
+        sinks: int,
+        carry: Carry = None,
+    ) -> Carry:
+        owed = torch.zeros(len(keys), device=keys.device) if carry is None else carry.owed
+        recent = torch.full_like(owed, keys.shape[2] - sinks)
+        if queries is None:
+            nothing = owed.new_zeros(len(keys), 0)
+            return Seen(owed, recent, nothing, nothing)
+        queries = queries[:, :, -min(self._looked(), max(1, keys.shape[2] - sinks)) :]
+        rest = scores.around(queries, keys, values, layer.shape, sinks=sinks)
+        return Seen(owed, recent, rest.out, rest.lse)
+
+    def compress(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        layer: LayerCalibration,
+        *,
+        positions: Tensor,
+        queries: Tensor | None = None,
+        carry: Carry = None,
+    ) -> tuple[KeptKV, Carry]:
+        T = keys.shape[2]
+        wanted = float(layer["fraction"]) * T + (0.0 if carry is None else float(carry.owed.max()))
+        kept = min(T, int(wanted + 1e-6))
+        chosen = self.score(keys, values, layer, positions, queries, carry).topk(kept, -1).indices.sort(-1).values
+        at = chosen[..., None].expand(-1, -1, -1, keys.shape[-1])
+        half = keys.dtype if keys.element_size() == 2 else torch.float16
+        owed = torch.full((len(keys),), wanted - kept, device=keys.device)
+        nothing = owed.new_zeros(len(keys), 0)
+        return KeptKV(keys.gather(2, at).to(half), values.gather(2, at).to(half)), Seen(owed, owed, nothing, nothing)
+
+    def decompress(self, kv: KeptKV, layer: LayerCalibration, *, positions: Tensor) -> Decompressed:
+        return Decompressed(kv.keys.float(), kv.values.float())
+
+    def score(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        layer: LayerCalibration,
+        positions: Tensor,
+        queries: Tensor | None,
+        carry: Carry,
+    ) -> Tensor:
+        """What each token is worth, [B, H, T]; only the order matters."""
+        B, H, T, _ = keys.shape
+        if queries is None or self.policy == "streaming":
+            return torch.arange(T, device=keys.device, dtype=torch.float32).expand(B, H, T)
+        if self.policy == "expected":
+            end = int(positions[-1]) + 1 + (0 if carry is None else int(carry.recent.max()))
+            return expected_attention(queries, keys, values, layer, end)
+        rest = None if carry is None or carry.lse.numel() == 0 else Attended(carry.out, carry.lse)
+        queries = queries[:, :, -(self._looked() if rest is None else rest.lse.shape[-1]) :]
+        seen = scores.observe(queries, keys, values, rest, scale=layer.shape.scale, softcap=layer.shape.softcap)
+        if self.policy == "tova":
+            return scores.mass(seen).mean(1, keepdim=True).expand(B, H, T)
+        return scores.smooth(scores.mass(seen), self.pool)
+
+    def _looked(self) -> int:
+        return 1 if self.policy == "tova" else self.window
+
+
+def pyramid(share: float, layers: int) -> list[float]:
+    """Shares falling linearly from the first layer to the last, with mean ``share``."""
+    least = share / _BETA
+    most = 2 * share - least
+    if most > 1:
+        most, least = 1.0, 2 * share - 1
+    steps = max(1, layers - 1)
+    return [most - (most - least) * i / steps for i in range(layers)]
+
+
+def expected_attention(queries: Tensor, keys: Tensor, values: Tensor, layer: LayerCalibration, end: int) -> Tensor:
+    """Expected softmax weight times ||v||, [B, H, T], for more queries like these, the last before position ``end``."""
+    B, HQ, S, D = queries.shape
+    H, scale = keys.shape[1], layer.shape.scale
+    x = queries.float()
+    turn = torch.eye(D, device=x.device)
+    if layer.rope is not None:
+        x = layer.rope.unrotate(x, torch.arange(end - S, end, device=x.device))
+        ahead = torch.arange(end, end + _FUTURE, device=x.device)
+        turn = layer.rope.rotate(turn[:, None].expand(D, _FUTURE, D), ahead).mean(1)
+    mean = x.mean(2, keepdim=True)
+    centred = x - mean
+    mu = (mean @ turn).reshape(B, H, HQ // H, D)
+    sigma = turn.mT @ (centred.mT @ centred / S).reshape(B, H, HQ // H, D, D) @ turn
+    k = keys.float()[:, :, None]  # [B, H, 1, T, D]
+    logits = scale * (k @ mu[..., None]).squeeze(-1) + scale**2 / 2 * ((k @ sigma) * k).sum(-1)
+    return logits.softmax(-1).mean(2) * values.float().norm(dim=-1)
