@@ -89,11 +89,11 @@ def bit_options(
         pairs.append((name, value))
     known = METHODS[method].__dataclass_fields__ if method in METHODS else {}
     if bits is not None:
-        key, value = parse_bits(bits)
+        keys, values = parse_bits(bits)
         if "k_bits" in known:
-            pairs += [("k_bits", f"{key:g}"), ("v_bits", f"{value:g}")]
-        elif "bits" in known and key == value:
-            pairs.append(("bits", f"{key:g}"))
+            pairs += [("k_bits", f"{keys:g}"), ("v_bits", f"{values:g}")]
+        elif "bits" in known and keys == values:
+            pairs.append(("bits", f"{keys:g}"))
         else:
             raise MethodOptionError(
                 f"--bits {bits}: {method} has no such choice; 'kvtool methods {method}' lists its options"

@@ -32,7 +32,7 @@ def parts_of(side: str, bits: float, head_dim: int) -> list[Part]:
     loud = max(packing.GROUP, head_dim // 4 // packing.GROUP * packing.GROUP)
     if head_dim <= loud:
         raise MethodOptionError(
-            f"turboquant {side[0]}_bits: half bits set {packing.GROUP} outlier channels apart, and the model's head_dim "
+            f"turboquant {side[0]}_bits: half bits set {packing.GROUP} channels apart, and the model's head_dim "
             f"is only {head_dim}; use whole bits"
         )
     return [Part(f"{side}_outlier", loud, int(bits + 0.5)), Part(side, head_dim - loud, int(bits))]
