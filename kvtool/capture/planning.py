@@ -151,19 +151,19 @@ def plan(
     return Plan(manifest, ids, found, tuple(notes))
 
 
-def check_space(plan: Plan, out: Path) -> None:
-    """There is room for the capture where it goes.
+def check_space(plan: Plan, out: Path, written: int = 0) -> None:
+    """There is room for the capture where it goes, of which ``written`` bytes are there already.
 
     Raises:
         InputError: there is not.
     """
-    place = out
+    place = out.absolute()
     while not place.exists():
         place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < plan.nbytes:
+    free, needed = shutil.disk_usage(place).free, plan.nbytes - written
+    if free < needed:
         raise InputError(
-            f"{out}: the capture needs {format_bytes(plan.nbytes)}, {format_bytes(free)} are free; "
+            f"{out}: the capture needs {format_bytes(needed)}, {format_bytes(free)} are free; "
             "free space, or lower --context, --samples, --layers or --queries"
         )
 

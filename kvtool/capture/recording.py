@@ -91,7 +91,7 @@ def _prepare(plan: Plan, out: Path, resume: bool) -> dict[str, FileRecord] | Non
         files = {name: record for name, record in there.files.items() if _intact(out / name, record)}
     elif out.exists() and (not out.is_dir() or any(not _is_leftover(path) for path in out.iterdir())):
         raise CaptureError(f"{out}: is in use by something else; choose another --out")
-    check_space(plan, out)
+    check_space(plan, out, sum(record.bytes for record in files.values()))
     try:
         out.mkdir(parents=True, exist_ok=True)
         # what a killed process was writing when it died

@@ -1,5 +1,6 @@
 """``kvtool capture``: queries, keys and values of a model over some text, to disk."""
 
+import shlex
 import sys
 import time
 from collections import Counter
@@ -82,13 +83,13 @@ def capture(
     )
     for note in plan.notes:
         talk.print(f"note: {note}")
-    planning.check_space(plan, place)
     expected = plan.seconds(loaded)
     talk.print(
         f"{_layers(plan)}; {format_bytes(plan.nbytes)} on disk, about {format_seconds(expected)}"
         f" on {plan.manifest.device}, to {place}"
     )
     if dry_run:
+        planning.check_space(plan, place)
         record = _record(plan, place) | {"dry_run": True, "estimated_seconds": round(expected, 1)}
         emit([record], lambda: _table(record), as_json=as_json)
         return
@@ -97,10 +98,14 @@ def capture(
         with progress("capturing") as report:
             made = run(loaded, plan, place, resume=resume, report=report)
     except KeyboardInterrupt as stop:
-        command = " ".join(argument for argument in sys.argv[1:] if argument != "--resume")
-        raise type(stop)(f"stopped; what is in {place} is kept: 'kvtool {command} --resume' finishes it") from stop
+        command = shlex.join(argument for argument in sys.argv[1:] if argument != "--resume")
+        raise type(stop)(f'stopped; what is in {place} is kept, and "kvtool {command} --resume" finishes it') from stop
     home.remember("capture", place)
-    record = _record(plan, place) | {"seconds": round(time.perf_counter() - begin, 1), "sha256": made.sha256}
+    record = _record(plan, place) | {
+        "dry_run": False,
+        "seconds": round(time.perf_counter() - begin, 1),
+        "sha256": made.sha256,
+    }
     emit([record], lambda: _table(record), as_json=as_json)
 
 
