@@ -80,7 +80,7 @@ def test_bits_are_those_of_the_bytes(result):
     assert rows["kivi4"]["bits"] == (16 + (4 + 1)) / 2
     values = 2 * 256 * 2 * 32 * 2  # K and V, tokens, heads, channels, layers
     assert rows["kivi4"]["bytes_stored"] == values * rows["kivi4"]["bits"] / 8
-    assert rows["full"]["bits"] == 16
+    assert rows["full"]["bits"] == rows["exact"]["bits"] == 16
     assert [row["bits"] for row in result.rows] == sorted(row["bits"] for row in result.rows)
 
 

@@ -10,6 +10,7 @@ from kvtool.cli.output import emit, progress, talk
 from kvtool.errors import InputError
 
 if TYPE_CHECKING:
+    from kvtool.evaluate.contestants import Contestant
     from kvtool.evaluate.run import Corpus
     from kvtool.models import LoadedModel
 
@@ -104,6 +105,8 @@ def evaluate(
         model = tested[0].calibration.provenance.get("model")
     loaded = load_model(model, revision=revision, trust_remote_code=trust_remote_code, device=device, dtype=dtype)
     contestants = parse_baselines(baselines, loaded.shape) + tested
+    scored, hay = _corpus(loaded, text), _corpus(loaded, haystack)
+    _warn_fitted(tested, loaded, scored)
     _warn_positions(loaded, protocol.prefix + protocol.score if "kld" in chosen else 0)
     _warn_positions(loaded, protocol.passkey_context if chosen != ("kld",) else 0)
     with progress("evaluating") as report:
@@ -111,8 +114,8 @@ def evaluate(
             loaded,
             contestants,
             protocol,
-            text=_corpus(loaded, text),
-            haystack=_corpus(loaded, haystack),
+            text=scored,
+            haystack=hay,
             progress=report,
         )
     if out is not None:
@@ -146,6 +149,17 @@ def _corpus(loaded: "LoadedModel", name: str) -> "Corpus":
     text = texts.load(name)
     ids = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
     return Corpus(name, sha256(text.encode()).hexdigest(), ids)
+
+
+def _warn_fitted(tested: "list[Contestant]", loaded: "LoadedModel", scored: "Corpus") -> None:
+    for one in tested:
+        provenance = {} if one.calibration is None else one.calibration.provenance
+        if provenance.get("text") == scored.name:
+            talk.print(
+                f"warning: {one.name} was fitted to {scored.name}, the text it is scored on: too good to be true"
+            )
+        if provenance.get("fingerprint", loaded.fingerprint) != loaded.fingerprint:
+            talk.print(f"warning: {one.name} was fitted to other weights ({provenance.get('model')}) of the same shape")
 
 
 def _warn_positions(loaded: "LoadedModel", tokens: int) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,6 +118,12 @@ def _peak(device: torch.device, tally: Tally) -> Iterator[None]:
     torch.cuda.reset_peak_memory_stats(device)
     yield
     tally.peak = max(tally.peak or 0, torch.cuda.max_memory_allocated(device) - before)
+
+
+def begin_of_text(tokenizer: Any) -> list[int]:
+    """The token that a model of this tokenizer always sees first; none for many."""
+    added = list(tokenizer("")["input_ids"])[:1]
+    return added if added == [tokenizer.bos_token_id] else []
 
 
 def take_segments(ids: Sequence[int], *, count: int, length: int, bos: Sequence[int]) -> Tensor:

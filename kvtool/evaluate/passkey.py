@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 
 from kvtool.errors import InputError
 from kvtool.evaluate.intervals import clopper_pearson
+from kvtool.evaluate.measure import begin_of_text
 
 DEPTHS = tuple(i / 10 for i in range(11))
 _SNAP = 80  # tokens that a needle moves back to stand after a sentence
@@ -133,7 +134,9 @@ def _prompt(
         needles = [(d, _MULTI_NEEDLE.format(label=n, key=k)) for d, n, k in [(depth, labels[0], key), *others]]
         intro, question, begun = _MULTI_INTRO, _MULTI_QUESTION, _MULTI_ANSWER
         question, begun = question.format(label=labels[0]), begun.format(label=labels[0])
-    head, tail = encode(before + intro), encode(question + between + begun)
+    # a chat template spells out its first token itself
+    head = ([] if before else begin_of_text(tokenizer)) + encode(before + intro)
+    tail = encode(question + between + begun)
     expected = encode(begun + " " + key)[len(encode(begun)) :]
     hidden = [(d, encode(text)) for d, text in needles]
     room = context - len(head) - len(tail) - len(expected) - sum(len(ids) for _, ids in hidden)

@@ -86,8 +86,8 @@ def tally_row(tally: Tally) -> Row:
     }
 
 
-def bytes_row(size: CacheBytes, *, compressed: bool = True) -> Row:
-    """What the cache costs right after the prefix; for the full cache, what 16 bits a value would."""
+def bytes_row(size: CacheBytes, *, compressed: bool) -> Row:
+    """What the cache costs right after the prefix; kept as it is, what 16 bits a value would."""
     stored = size.stored if compressed else 2 * size.values
     return {
         "bits": 8 * stored / size.values,

@@ -12,7 +12,7 @@ from kvtool.errors import InputError
 from kvtool.evaluate import rows as row
 from kvtool.evaluate.contestants import Contestant
 from kvtool.evaluate.kld import drift
-from kvtool.evaluate.measure import Tally, problems, score_segment, take_segments
+from kvtool.evaluate.measure import Tally, begin_of_text, problems, score_segment, take_segments
 from kvtool.evaluate.passkey import Outcome, answer, make_prompts, recall
 from kvtool.evaluate.reference import PREFILL_CHUNK, Store, fork, segments
 from kvtool.evaluate.rows import Row
@@ -121,7 +121,7 @@ class _Run:
     def drift(self) -> None:
         """The task kld."""
         protocol, model = self.protocol, self.model
-        length, bos = protocol.prefix + protocol.score + 1, self.loaded.tokenizer("")["input_ids"]
+        length, bos = protocol.prefix + protocol.score + 1, begin_of_text(self.loaded.tokenizer)
         ids = take_segments(self.text.ids, count=protocol.segments, length=length, bos=bos)
         what = {"task": "kld", "ids": _hash(ids.tolist()), "prefix": protocol.prefix, "chunk": protocol.chunk}
         store = Store.of(**what, **self.setting)
@@ -136,7 +136,9 @@ class _Run:
             tally = tallies[one.name]
             size, measured = tally.nbytes, drift(tally.scores, protocol.prefix)
             assert size is not None
-            self.rows[one.name] |= row.drift_row(measured) | row.tally_row(tally) | row.bytes_row(size)
+            self.rows[one.name] |= (
+                row.drift_row(measured) | row.tally_row(tally) | row.bytes_row(size, compressed=not one.lossless)
+            )
             self.problems += problems(one, tally)
         for one in self.contestants:
             if one.calibration is None:
@@ -181,10 +183,11 @@ class _Run:
                 self.step()
         for one in self.contestants:
             found = recall(prompts, full if one.calibration is None else outcomes[one.name])
-            self.rows[one.name] |= row.recall_row(task, found, sizes.get(one.name), protocol.passkey_context)
+            own = None if one.lossless else sizes[one.name]
+            self.rows[one.name] |= row.recall_row(task, found, own, protocol.passkey_context)
             if "bits" not in self.rows[one.name]:
                 cost = sizes.get(one.name) or next(iter(sizes.values()))
-                self.rows[one.name] |= row.bytes_row(cost, compressed=one.calibration is not None)
+                self.rows[one.name] |= row.bytes_row(cost, compressed=not one.lossless)
 
 
 def _hash(what: Any) -> str:
