@@ -13,9 +13,8 @@ scores is the operand layout of the weights, which are quantised the same way fo
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
 from kvtool.kernels.fragments import fragments, key_operand, load_table, load_unit, value_operand
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -60,7 +59,6 @@ def decode(
     BIASED: tl.constexpr,
     CAPPED: tl.constexpr,
     PDL: tl.constexpr,
-    P: tl.constexpr,  # pages of a warp in one step
     STAGES: tl.constexpr,
     WARPS: tl.constexpr,
     ASM: tl.constexpr,
@@ -70,7 +68,6 @@ def decode(
     split = tl.program_id(1)
     b = (program // BLOCKS // H).to(tl.int64)
     h = (program // BLOCKS % H).to(tl.int64)
-    T: tl.constexpr = 64 * P
     pages = tl.load(PAGES + b)
     first, last = (split * pages) // splits, ((split + 1) * pages) // splits
 
@@ -84,7 +81,7 @@ def decode(
     start = tl.load(QUERY_START + program * ROWS + rows)
     # the low rows of each tile of 16 carry the start
     start = tl.join(start * 0, start).reshape(ROWS // 8, 8, 2).permute(0, 2, 1).reshape(2 * ROWS)
-    start = start[None, :, None] + tl.zeros([WARPS, 2 * ROWS, T], tl.int32)
+    start = start[None, :, None] + tl.zeros([WARPS, 2 * ROWS, 64], tl.int32)
     queries = ()
     for i in tl.static_range(GROUPS):
         at = (program * GROUPS + i) * (2 * ROWS * 32)
@@ -99,8 +96,8 @@ def decode(
     for i in tl.static_range(GROUPS):
         out = out + (tl.zeros([WARPS, ROWS, 32], tl.float32),)
 
-    mine = tl.arange(0, WARPS)[:, None] * P + tl.arange(0, P)[None, :]
-    for step in tl.range(first, last, WARPS * P, num_stages=STAGES):
+    mine = tl.arange(0, WARPS)[:, None]
+    for step in tl.range(first, last, WARPS, num_stages=STAGES):
         page = step + mine
         used = page < last
         if PAGED:
@@ -109,18 +106,18 @@ def decode(
             where = page.to(tl.int64)
         key_at = KEY_PAGES + b * key_b + h * key_h + where * key_p
         value_at = VALUE_PAGES + b * value_b + h * value_h + where * value_p
-        scale_at = (b * scale_b + h * scale_h + where * scale_p)[:, :, None] + tl.arange(0, 64)[None, None, :]
-        loaded = used[:, :, None] & (tl.arange(0, 64) >= 0)[None, None, :]
-        k = _score_order(tl.load(KEY_SCALES + scale_at, mask=loaded, other=0.0).to(tl.float32), WARPS, P)
-        v = _score_order(tl.load(VALUE_SCALES + scale_at, mask=loaded, other=0.0).to(tl.float32), WARPS, P)
+        scale_at = b * scale_b + h * scale_h + where * scale_p + tl.arange(0, 64)[None, :]
+        loaded = used & (tl.arange(0, 64) >= 0)[None, :]
+        k = _score_order(tl.load(KEY_SCALES + scale_at, mask=loaded, other=0.0).to(tl.float32), WARPS)
+        v = _score_order(tl.load(VALUE_SCALES + scale_at, mask=loaded, other=0.0).to(tl.float32), WARPS)
 
         score = start
         for i in tl.static_range(GROUPS):
             if KEY_WIDTHS[i] > 0:
                 words = load_unit(key_at + KEY_OFFSETS[i], used, KEY_WIDTHS[i])
-                unit = key_operand(fragments(words, key_table, KEY_WIDTHS[i], WARPS, P, ASM), WARPS, P)
+                unit = key_operand(fragments(words, key_table, KEY_WIDTHS[i], WARPS, ASM), WARPS)
                 score = tl.dot(queries[i], unit, score, out_dtype=tl.int32)
-        high, low = _halves(score, WARPS, ROWS, T)
+        high, low = _halves(score, WARPS, ROWS, 64)
         x = (high * 128 + low).to(tl.float32) * k[:, None, :]
         # an absent page must neither touch the maximum nor weigh anything, even before any page was seen
         absent = tl.where(used, 0.0, -2e30)
@@ -130,28 +127,24 @@ def decode(
         else:
             x = x * scale
         if BIASED:
-            token = (page * 64)[:, :, None] + tl.arange(0, 64)[None, None, :]
-            token = token.reshape(WARPS, 1, T).to(tl.int64)
-            at = (program.to(tl.int64) * ROWS + rows)[None, :, None] * bias_row + token
-            x += tl.load(BIAS + at, mask=used[:, :, None].broadcast_to(WARPS, P, 64).reshape(WARPS, 1, T), other=0.0)
-        if P > 1:
-            x += (absent[:, :, None] + tl.zeros([WARPS, P, 64], tl.float32)).reshape(WARPS, 1, T)
-        absent = tl.max(absent, 1)[:, None]  # of one page; of several, none is left unless all are absent
+            token = (page * 64 + tl.arange(0, 64)[None, :])[:, None, :]
+            biases = BIAS + (program.to(tl.int64) * ROWS + rows)[None, :, None] * bias_row + token
+            x += tl.load(biases, mask=used[:, :, None] & (rows >= 0)[None, :, None] & (token >= 0), other=0.0)
         new_m = tl.maximum(m, tl.max(x, 2) + absent)
         new_u = tl.maximum(u, tl.max(v, 1))
         shrink = tl.exp2(m - new_m)
         p = tl.exp2(x + (absent - new_m)[:, :, None])
         # 1.5 * 2^23 puts the rounded weight in the low bits; + 128 makes the low byte signed
         w = p * (v * (32512.0 / new_u)[:, None])[:, None, :] + 12583040.0
-        l = l * shrink[:, :, None] + _quad_sum(p, WARPS, ROWS, P)
+        l = l * shrink[:, :, None] + _quad_sum(p, WARPS, ROWS)
         fade = shrink * (u / new_u)[:, None]
-        total = total * fade[:, :, None] + _quad_sum(w - 12583040.0, WARPS, ROWS, P)
-        weights = _weights(w.to(tl.int32, bitcast=True), WARPS, ROWS, P)
+        total = total * fade[:, :, None] + _quad_sum(w - 12583040.0, WARPS, ROWS)
+        weights = _weights(w.to(tl.int32, bitcast=True), WARPS, ROWS)
         new_out = ()
         for i in tl.static_range(GROUPS):
             if VALUE_WIDTHS[i] > 0:
                 words = load_unit(value_at + VALUE_OFFSETS[i], used, VALUE_WIDTHS[i])
-                unit = value_operand(fragments(words, value_table, VALUE_WIDTHS[i], WARPS, P, ASM), WARPS, P)
+                unit = value_operand(fragments(words, value_table, VALUE_WIDTHS[i], WARPS, ASM), WARPS)
                 sums = tl.dot(weights, unit, out_dtype=tl.int32)
                 high, low = _halves(sums, WARPS, ROWS, 32)
                 new_out = new_out + (out[i] * fade[:, :, None] + (high * 256 + low).to(tl.float32),)
@@ -175,9 +168,9 @@ def decode(
 
 
 @triton.jit
-def _score_order(x, W: tl.constexpr, P: tl.constexpr):
-    """Per-token numbers as stored, [W, P, (q, u, r)], to token order [W, 64*P]."""
-    return x.reshape(W, P, 4, 8, 2).permute(0, 1, 3, 2, 4).reshape(W, 64 * P)
+def _score_order(x, W: tl.constexpr):
+    """Per-token numbers as stored, [W, (q, u, r)], to token order [W, 64]."""
+    return x.reshape(W, 4, 8, 2).permute(0, 2, 1, 3).reshape(W, 64)
 
 
 @triton.jit
@@ -187,16 +180,16 @@ def _halves(x, W: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def _quad_sum(x, W: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr):
-    """[W, ROWS, T] summed over the tokens that one thread holds, to [W, ROWS, 4]."""
-    x = x.reshape(W, ROWS, 8 * P, 4, 2)
+def _quad_sum(x, W: tl.constexpr, ROWS: tl.constexpr):
+    """[W, ROWS, 64] summed over the tokens that one thread holds, to [W, ROWS, 4]."""
+    x = x.reshape(W, ROWS, 8, 4, 2)
     return tl.sum(tl.sum(x, 4), 2)
 
 
 @triton.jit
-def _weights(bits, W: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr):
-    """Rounded weights + 128, [W, ROWS, T] int32, to operand A of the values: int8 [W, 2*ROWS, T], high and low."""
+def _weights(bits, W: tl.constexpr, ROWS: tl.constexpr):
+    """Rounded weights + 128, [W, ROWS, 64] int32, to operand A of the values: int8 [W, 2*ROWS, T], high and low."""
     high = (bits >> 8).to(tl.int8)
     low = (bits ^ 0x80).to(tl.int8)
-    x = tl.join(high, low).reshape(W, ROWS // 8, 8, P * 2, 2, 2, 4, 2, 2)  # [.., page and half, h, e, q, e, high/low]
-    return x.permute(0, 1, 8, 2, 3, 6, 4, 5, 7).reshape(W, 2 * ROWS, 64 * P)
+    x = tl.join(high, low).reshape(W, ROWS // 8, 8, 2, 2, 2, 4, 2, 2)  # [.., half, h, e, q, e, high/low]
+    return x.permute(0, 1, 8, 2, 3, 6, 4, 5, 7).reshape(W, 2 * ROWS, 64)

@@ -7,18 +7,16 @@ of byte pairs around inside the warp. Pages reach shared memory by ``cp.async``,
 own; with programmatic dependent launch the first ones are under way before the query is ready.
 """
 
+from kvtool.kernels.fragments import RAW_KEYS, RAW_VALUES, fragment_bytes, fragments, load_table
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kvtool.kernels.fragments import RAW_KEYS, RAW_VALUES, fragment_bytes, fragments, load_table
-
 # [warp, row, column], one warp per batch entry
 MMA = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [4, 1, 1], [1, 16, 8]))
 OPERAND_A = gl.constexpr(gl.DotOperandLayout(0, MMA.value, 8))
 OPERAND_B = gl.constexpr(gl.DotOperandLayout(1, MMA.value, 8))
-PLAIN = gl.constexpr(gl.BlockedLayout([1, 1, 1], [1, 4, 8], [4, 1, 1], [2, 1, 0]))
 CHUNK = gl.constexpr(gl.BlockedLayout([1, 1, 4], [1, 1, 32], [4, 1, 1], [2, 1, 0]))  # 128 words of a warp's page
 PLANE = gl.constexpr(gl.BlockedLayout([1, 1, 2], [1, 1, 32], [4, 1, 1], [2, 1, 0]))  # 64 words
 SCALES = gl.constexpr(gl.BlockedLayout([1, 2], [1, 32], [4, 1], [1, 0]))
@@ -98,13 +96,13 @@ def decode(
     key_table = load_table(KEY_TABLE, True)
     value_table = load_table(VALUE_TABLE, True)
 
-    key_store = _allocate(KEY_WIDTHS, GROUPS, STAGES)
-    value_store = _allocate(VALUE_WIDTHS, GROUPS, STAGES)
+    key_store = _allocate(KEY_WIDTHS, STAGES)
+    value_store = _allocate(VALUE_WIDTHS, STAGES)
     scale_store = gl.allocate_shared_memory(gl.float16, [2 * STAGES, 4, 64], LINEAR2)
     for i in gl.static_range(STAGES - 1):
         _fetch(
             KEY_PAGES, VALUE_PAGES, KEY_SCALES, VALUE_SCALES, PAGE_TABLE, first + 4 * i, last, i, key_store, value_store,
-            scale_store, key_p, value_p, scale_p, KEY_WIDTHS, VALUE_WIDTHS, KEY_OFFSETS, VALUE_OFFSETS, GROUPS, PAGED,
+            scale_store, key_p, value_p, scale_p, KEY_WIDTHS, VALUE_WIDTHS, PAGED,
         )  # fmt: skip
     if PDL:
         gdc_launch_dependents()
@@ -117,13 +115,13 @@ def decode(
     zero = gl.full([4, 64, N], 0, gl.int32, MMA)
     start = zero if RAW else start[None, None, :] + zero
     queries = ()
-    w3 = gl.arange(0, 4, gl.SliceLayout(1, gl.SliceLayout(2, PLAIN)))[:, None, None]
-    c3 = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, PLAIN)))[None, :, None]
-    n3 = gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(1, PLAIN)))[None, None, :]
+    w3 = gl.arange(0, 4, gl.SliceLayout(1, gl.SliceLayout(2, OPERAND_B)))[:, None, None]
+    c3 = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, OPERAND_B)))[None, :, None]
+    n3 = gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(1, OPERAND_B)))[None, None, :]
     row3 = (n3 // 16) * 16 + (n3 % 2) * 8 + (n3 // 2) % 8
     for i in gl.static_range(GROUPS):
         at = (program * GROUPS + i) * (2 * QUERY_ROWS(ROWS) * 32) + row3 * 32 + c3 + 0 * w3
-        queries = queries + (gl.convert_layout(gl.load(QUERY + at), OPERAND_B),)
+        queries = queries + (gl.load(QUERY + at),)
 
     some, _ = gl.split(zero.reshape([4, 64, ROWS, 2]))
     SCORE: gl.constexpr = some.type.layout
@@ -152,16 +150,15 @@ def decode(
         ahead = gl.where(ahead >= STAGES, ahead - STAGES, ahead)
         _fetch(
             KEY_PAGES, VALUE_PAGES, KEY_SCALES, VALUE_SCALES, PAGE_TABLE, step + 4 * (STAGES - 1), last, ahead, key_store,
-            value_store, scale_store, key_p, value_p, scale_p, KEY_WIDTHS, VALUE_WIDTHS, KEY_OFFSETS, VALUE_OFFSETS,
-            GROUPS, PAGED,
+            value_store, scale_store, key_p, value_p, scale_p, KEY_WIDTHS, VALUE_WIDTHS, PAGED,
         )  # fmt: skip
         k = _token_order(scale_store.index(2 * stage).load(TOKENS), PER_TOKEN)
         v = _token_order(scale_store.index(2 * stage + 1).load(TOKENS), PER_TOKEN)
         score = start
         for i in gl.static_range(GROUPS):
             if KEY_WIDTHS[i] > 0:
-                words = _words(key_store[i], stage, KEY_WIDTHS[i])
-                f = fragment_bytes(fragments(words, key_table, KEY_WIDTHS[i], 4, 1, True, RAW_KEYS if RAW else 0))
+                words = _words(key_store, stage, KEY_WIDTHS, i)
+                f = fragment_bytes(fragments(words, key_table, KEY_WIDTHS[i], 4, True, RAW_KEYS if RAW else 0))
                 unit = f.reshape([4, 64, 32])  # (slot, g), (q, h, e)
                 score = mma_v2(gl.convert_layout(unit, OPERAND_A, assert_trivial=True), queries[i], score)
         high, low = gl.split(score.reshape([4, 64, ROWS, 2]))
@@ -193,8 +190,8 @@ def decode(
         new_out = ()
         for i in gl.static_range(GROUPS):
             if VALUE_WIDTHS[i] > 0:
-                words = _words(value_store[i], stage, VALUE_WIDTHS[i])
-                f = fragment_bytes(fragments(words, value_table, VALUE_WIDTHS[i], 4, 1, True, RAW_VALUES))
+                words = _words(value_store, stage, VALUE_WIDTHS, i)
+                f = fragment_bytes(fragments(words, value_table, VALUE_WIDTHS[i], 4, True, RAW_VALUES))
                 unit = f.reshape([4, 4, 2, 8, 4, 2, 2, 2]).permute([0, 1, 3, 2, 4, 5, 6, 7]).reshape([4, 32, 64])
                 sums = mma_v2(gl.convert_layout(unit, OPERAND_A, assert_trivial=True), weights, zero32)
                 high, low = gl.split(sums.reshape([4, 32, ROWS, 2]))
@@ -236,32 +233,70 @@ def QUERY_ROWS(rows):
     return max(rows, 8)
 
 
-@gluon.jit
-def _allocate(WIDTHS: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr):
-    """One buffer per channel group: [stages, warps, chunks, words]."""
-    stores = ()
-    for i in gl.static_range(GROUPS):
-        one = gl.allocate_shared_memory(gl.int32, _buffer_shape(WIDTHS[i], STAGES), LINEAR3)
-        if WIDTHS[i] == 3:
-            # a buffer a plane: two copies into one buffer would be kept apart by a barrier
-            two = gl.allocate_shared_memory(gl.int32, _buffer_shape(3, STAGES), LINEAR3)
-            three = gl.allocate_shared_memory(gl.int32, _buffer_shape(3, STAGES), LINEAR3)
-            stores = stores + ((one, two, three),)
-        else:
-            stores = stores + (one,)
-    return stores
+# A page is copied 16 bytes a lane: in segments of whole chunks (128 words). A group of even width is one segment; planes
+# of odd widths (64 words) are paired, also across groups, and what is left over is a segment of 8 bytes a lane. Each
+# segment has its buffer, because two copies into one buffer would be kept apart by a barrier.
 
 
 @gluon.constexpr_function
-def _buffer_shape(width, stages):
-    return [stages, 4, 1, 64] if width in (0, 1, 3) else [stages, 4, width // 2, 128]
+def _plan(widths):
+    """Segments (offset in words, chunks, words of a chunk), and for every group its (segment, first word) per plane."""
+    segments, places, offset, open_plane = [], [], 0, False
+    for width in widths:
+        if width % 2 == 0:
+            open_plane = False
+            places.append(((len(segments), 0),))
+            if width:
+                segments.append((offset, width // 2, 128))
+        else:
+            planes = []
+            for plane in range(width):
+                if open_plane:
+                    first = segments.pop()[0]
+                    segments.append((first, 1, 128))
+                else:
+                    segments.append((offset + 64 * plane, 1, 64))
+                planes.append((len(segments) - 1, 64 if open_plane else 0))
+                open_plane = not open_plane
+            places.append(tuple(planes))
+        offset += 64 * width
+    return tuple(segments), tuple(places)
+
+
+@gluon.constexpr_function
+def _segments(widths):
+    return len(_plan(widths)[0])
+
+
+@gluon.constexpr_function
+def _segment(widths, index, what):
+    return _plan(widths)[0][index][what]
+
+
+@gluon.constexpr_function
+def _place(widths, group, plane, what):
+    return _plan(widths)[1][group][plane][what]
+
+
+@gluon.constexpr_function
+def _buffer(widths, index, stages):
+    _, chunks, words = _plan(widths)[0][index]
+    return [stages, 4, chunks, words]
+
+
+@gluon.jit
+def _allocate(WIDTHS: gl.constexpr, STAGES: gl.constexpr):
+    """One buffer per segment: [stages, warps, chunks, words]."""
+    stores = ()
+    for i in gl.static_range(_segments(WIDTHS)):
+        stores = stores + (gl.allocate_shared_memory(gl.int32, _buffer(WIDTHS, i, STAGES), LINEAR3),)
+    return stores
 
 
 @gluon.jit
 def _fetch(
     KEY_PAGES, VALUE_PAGES, KEY_SCALES, VALUE_SCALES, PAGE_TABLE, step, last, stage, key_store, value_store, scale_store,
-    key_p, value_p, scale_p, KEY_WIDTHS: gl.constexpr, VALUE_WIDTHS: gl.constexpr, KEY_OFFSETS: gl.constexpr,
-    VALUE_OFFSETS: gl.constexpr, GROUPS: gl.constexpr, PAGED: gl.constexpr,
+    key_p, value_p, scale_p, KEY_WIDTHS: gl.constexpr, VALUE_WIDTHS: gl.constexpr, PAGED: gl.constexpr,
 ):  # fmt: skip
     """Start copying the four pages from ``step`` on; absent ones read as zeros."""
     where, used = _locate(PAGE_TABLE, step, last, gl.SliceLayout(1, SCALES), PAGED)
@@ -270,44 +305,33 @@ def _fetch(
     mask = used[:, None] & (lane >= 0)
     async_copy.async_copy_global_to_shared(scale_store.index(2 * stage), KEY_SCALES + at, mask=mask)
     async_copy.async_copy_global_to_shared(scale_store.index(2 * stage + 1), VALUE_SCALES + at, mask=mask)
-    for i in gl.static_range(GROUPS):
-        _fetch_unit(
-            key_store[i], KEY_PAGES + KEY_OFFSETS[i], PAGE_TABLE, step, last, stage, key_p, KEY_WIDTHS[i], PAGED
-        )
-    for i in gl.static_range(GROUPS):
-        _fetch_unit(
-            value_store[i],
-            VALUE_PAGES + VALUE_OFFSETS[i],
-            PAGE_TABLE,
-            step,
-            last,
-            stage,
-            value_p,
-            VALUE_WIDTHS[i],
-            PAGED,
-        )
+    _fetch_side(KEY_PAGES, PAGE_TABLE, step, last, stage, key_store, key_p, KEY_WIDTHS, PAGED)
+    _fetch_side(VALUE_PAGES, PAGE_TABLE, step, last, stage, value_store, value_p, VALUE_WIDTHS, PAGED)
     async_copy.commit_group()
 
 
 @gluon.jit
-def _fetch_unit(
-    store, base, PAGE_TABLE, step, last, stage, page_stride, WIDTH: gl.constexpr, PAGED: gl.constexpr
+def _fetch_side(
+    BASE, PAGE_TABLE, step, last, stage, store, page_stride, WIDTHS: gl.constexpr, PAGED: gl.constexpr
 ):  # fmt: skip
-    if WIDTH > 0:
-        LAYOUT: gl.constexpr = PLANE if WIDTH % 2 else CHUNK
-        N: gl.constexpr = 64 if WIDTH % 2 else 128
-        where, used = _locate(PAGE_TABLE, step, last, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)), PAGED)
-        lane = gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
-        at = base + (where * page_stride)[:, None, None] + lane
-        if WIDTH == 3:
-            for plane in gl.static_range(3):
-                mask = used[:, None, None] & (lane >= 0)
-                async_copy.async_copy_global_to_shared(store[plane].index(stage), at + 64 * plane, mask=mask)
-        else:
-            CHUNKS: gl.constexpr = 64 * WIDTH // N
-            chunk = gl.arange(0, CHUNKS, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None]
-            mask = used[:, None, None] & (lane >= 0) & (chunk >= 0)
-            async_copy.async_copy_global_to_shared(store.index(stage), at + N * chunk, mask=mask)
+    for i in gl.static_range(_segments(WIDTHS)):
+        _fetch_segment(
+            BASE + _segment(WIDTHS, i, 0), PAGE_TABLE, step, last, store[i].index(stage), page_stride,
+            _segment(WIDTHS, i, 1), _segment(WIDTHS, i, 2), PAGED,
+        )  # fmt: skip
+
+
+@gluon.jit
+def _fetch_segment(
+    BASE, PAGE_TABLE, step, last, store, page_stride, CHUNKS: gl.constexpr, N: gl.constexpr, PAGED: gl.constexpr
+):  # fmt: skip
+    LAYOUT: gl.constexpr = PLANE if N == 64 else CHUNK
+    where, used = _locate(PAGE_TABLE, step, last, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)), PAGED)
+    lane = gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
+    chunk = gl.arange(0, CHUNKS, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None]
+    at = BASE + (where * page_stride)[:, None, None] + lane + N * chunk
+    mask = used[:, None, None] & (lane >= 0) & (chunk >= 0)
+    async_copy.async_copy_global_to_shared(store, at, mask=mask)
 
 
 @gluon.jit
@@ -322,13 +346,24 @@ def _locate(PAGE_TABLE, step, last, LAYOUT: gl.constexpr, PAGED: gl.constexpr):
 
 
 @gluon.jit
-def _words(store, stage, WIDTH: gl.constexpr):
-    if WIDTH == 3:
-        return store[0].index(stage).load(PLANE), store[1].index(stage).load(PLANE), store[2].index(stage).load(PLANE)
-    elif WIDTH == 1:
-        return store.index(stage).load(PLANE)
+def _words(store, stage, WIDTHS: gl.constexpr, i: gl.constexpr):
+    """The words of group ``i`` as :func:`fragments` takes them."""
+    if WIDTHS[i] % 2 == 0:
+        return store[_place(WIDTHS, i, 0, 0)].index(stage).load(CHUNK)
+    elif WIDTHS[i] == 1:
+        return _plane(store, stage, WIDTHS, i, 0)
     else:
-        return store.index(stage).load(CHUNK)
+        return (
+            _plane(store, stage, WIDTHS, i, 0),
+            _plane(store, stage, WIDTHS, i, 1),
+            _plane(store, stage, WIDTHS, i, 2),
+        )
+
+
+@gluon.jit
+def _plane(store, stage, WIDTHS: gl.constexpr, i: gl.constexpr, plane: gl.constexpr):
+    SEGMENT: gl.constexpr = _place(WIDTHS, i, plane, 0)
+    return store[SEGMENT].index(stage).slice(_place(WIDTHS, i, plane, 1), 64, dim=2).load(PLANE)
 
 
 @gluon.jit

@@ -1,7 +1,7 @@
 """From packed words to tensor-core operands, for plain Triton: the other side of ``kvtool/packing.py``.
 
 A *fragment* is a 32-bit word of 4 signed bytes, the levels of 4 codes. A unit of any width becomes fragments
-[W, P, 8 slots, 8 g, 4 q, 2 h] (W warps of P pages each; g, q, h as in packing.py), and fragments become the B operand
+[W, 8 slots, 8 g, 4 q, 2 h] (W warps of one page each; g, q, h as in packing.py), and fragments become the B operand
 of one ``tl.dot`` by renaming axes: every byte already is in the lane and register that ``mma.m16n8k32`` wants.
 
 Levels are bytes minus a constant, ``OFFSET[width]``:
@@ -45,12 +45,10 @@ def prmt(a, b, selector, ASM: tl.constexpr):
 
 
 @triton.jit
-def fragments(
-    words, table, WIDTH: tl.constexpr, W: tl.constexpr, P: tl.constexpr, ASM: tl.constexpr, RAW: tl.constexpr = 0
-):
-    """``words``: the unit's planes, int32 [W, P, 64*WIDTH] (for 3 bits a tuple of three [W, P, 64])."""
+def fragments(words, table, WIDTH: tl.constexpr, W: tl.constexpr, ASM: tl.constexpr, RAW: tl.constexpr = 0):
+    """``words``: the unit's planes, int32 [W, 64*WIDTH] (for 3 bits a tuple of three [W, 64])."""
     if WIDTH == 1:
-        w = words.reshape(W, P, 8, 4, 2)
+        w = words.reshape(W, 8, 4, 2)
         s0 = tl.join(
             tl.join(_bit(w, 0, RAW), _bit(w, 4, RAW)),
             tl.join(_bit(w, 2, RAW), _bit(w, 6, RAW)),
@@ -66,33 +64,33 @@ def fragments(
                 tl.join(_bit(w, 1, RAW), _bit(w, 5, RAW)),
                 tl.join(_bit(w, 3, RAW), _bit(w, 7, RAW)),
             )
-        f = tl.join(s0, s1)  # [W, P, g, q, h, slot bit 2, bit 1, bit 0]
-        return f.permute(0, 1, 5, 6, 7, 2, 3, 4).reshape(W, P, 8, 8, 4, 2)
+        f = tl.join(s0, s1)  # [W, g, q, h, slot bit 2, bit 1, bit 0]
+        return f.permute(0, 4, 5, 6, 1, 2, 3).reshape(W, 8, 8, 4, 2)
     elif WIDTH == 2:
-        w = words.reshape(W, P, 8, 4, 2, 2)  # [W, P, g, q, plane, h]
+        w = words.reshape(W, 8, 4, 2, 2)  # [W, g, q, plane, h]
         even, odd = w & 0x33333333, (w >> 2) & 0x33333333
         t = table[6]
         j0 = tl.join(prmt(t, t, even, ASM), prmt(t, t, even >> 16, ASM))
         j1 = tl.join(prmt(t, t, odd, ASM), prmt(t, t, odd >> 16, ASM))
-        f = tl.join(j0, j1)  # [W, P, g, q, plane, h, i, j]
-        return f.permute(0, 1, 4, 7, 6, 2, 3, 5).reshape(W, P, 8, 8, 4, 2)
+        f = tl.join(j0, j1)  # [W, g, q, plane, h, i, j]
+        return f.permute(0, 3, 6, 5, 1, 2, 4).reshape(W, 8, 8, 4, 2)
     elif WIDTH == 3:
         top = ((words[0] >> 3) & 0x11111111) | ((words[1] >> 2) & 0x22222222) | ((words[2] >> 1) & 0x44444444)
         w = tl.join(tl.join(words[0] & 0x77777777, words[2] & 0x77777777), tl.join(words[1] & 0x77777777, top))
-        w = w.reshape(W, P, 8, 4, 2, 2, 2)  # [W, P, g, q, h, plane bit 1, bit 0]
+        w = w.reshape(W, 8, 4, 2, 2, 2)  # [W, g, q, h, plane bit 1, bit 0]
         f = tl.join(prmt(table[4], table[5], w, ASM), prmt(table[4], table[5], w >> 16, ASM))
-        return f.permute(0, 1, 5, 6, 7, 2, 3, 4).reshape(W, P, 8, 8, 4, 2)
+        return f.permute(0, 4, 5, 6, 1, 2, 3).reshape(W, 8, 8, 4, 2)
     elif WIDTH == 4:
-        w = words.reshape(W, P, 2, 8, 4, 2, 2)  # [W, P, plane pair, g, q, plane, h]
+        w = words.reshape(W, 2, 8, 4, 2, 2)  # [W, plane pair, g, q, plane, h]
         x = w ^ -0x77777778  # 0x88888888
         low = prmt(table[0], table[1], w, ASM) | prmt(table[2], table[3], x, ASM)
         high = prmt(table[0], table[1], w >> 16, ASM) | prmt(table[2], table[3], x >> 16, ASM)
         f = tl.join(low, high)
-        return f.permute(0, 1, 2, 5, 7, 3, 4, 6).reshape(W, P, 8, 8, 4, 2)
+        return f.permute(0, 1, 4, 6, 2, 3, 5).reshape(W, 8, 8, 4, 2)
     else:
         tl.static_assert(WIDTH == 8)
-        w = words.reshape(W, P, 4, 8, 4, 2, 2) ^ -0x7F7F7F80  # 0x80808080
-        return w.permute(0, 1, 2, 5, 3, 4, 6).reshape(W, P, 8, 8, 4, 2)
+        w = words.reshape(W, 4, 8, 4, 2, 2) ^ -0x7F7F7F80  # 0x80808080
+        return w.permute(0, 1, 4, 2, 3, 5).reshape(W, 8, 8, 4, 2)
 
 
 @triton.jit
@@ -115,26 +113,26 @@ def fragment_bytes(f):
 
 
 @triton.jit
-def key_operand(f, W: tl.constexpr, P: tl.constexpr):
-    """Fragments to int8 [W, 32 channels in the order (q, h, e), 64*P tokens]."""
-    b = fragment_bytes(f)  # [W, P, slot, g, q, h, e, e]
-    return b.permute(0, 4, 5, 6, 7, 1, 2, 3).reshape(W, 32, 64 * P)
+def key_operand(f, W: tl.constexpr):
+    """Fragments to int8 [W, 32 channels in the order (q, h, e), 64 tokens]."""
+    b = fragment_bytes(f)  # [W, slot, g, q, h, e, e]
+    return b.permute(0, 3, 4, 5, 6, 1, 2).reshape(W, 32, 64)
 
 
 @triton.jit
-def value_operand(f, W: tl.constexpr, P: tl.constexpr):
-    """Fragments to int8 [W, 64*P tokens, 32 channels]; the tokens of a page in the order (half, q, h, e)."""
-    b = fragment_bytes(f).reshape(W, P, 4, 2, 8, 4, 2, 2, 2)  # [W, P, block, half, g, q, h, e, e]
-    return b.permute(0, 1, 3, 5, 6, 7, 8, 2, 4).reshape(W, 64 * P, 32)
+def value_operand(f, W: tl.constexpr):
+    """Fragments to int8 [W, 64 tokens, 32 channels]; the tokens of a page in the order (half, q, h, e)."""
+    b = fragment_bytes(f).reshape(W, 4, 2, 8, 4, 2, 2, 2)  # [W, block, half, g, q, h, e, e]
+    return b.permute(0, 2, 4, 5, 6, 7, 1, 3).reshape(W, 64, 32)
 
 
 @triton.jit
 def load_unit(pointers, mask, WIDTH: tl.constexpr):
-    """The words of a unit at ``pointers`` [W, P], as :func:`fragments` takes them."""
+    """The words of a unit at ``pointers`` [W, 1], as :func:`fragments` takes them."""
     # the last axis is what one warp loads at once, so that no warp loads for another
     N: tl.constexpr = 64 if WIDTH % 2 else 128
-    at = pointers[:, :, None, None] + tl.arange(0, N)[None, None, None, :]
-    used = mask[:, :, None, None] & (tl.arange(0, N) >= 0)[None, None, None, :]
+    at = pointers[:, :, None] + tl.arange(0, N)[None, None, :]
+    used = mask[:, :, None] & (tl.arange(0, N) >= 0)[None, None, :]
     if WIDTH == 3:
         return (
             tl.load(at, mask=used, other=0),
@@ -142,8 +140,7 @@ def load_unit(pointers, mask, WIDTH: tl.constexpr):
             tl.load(at + 128, mask=used, other=0),
         )
     else:
-        CHUNKS: tl.constexpr = 64 * WIDTH // N
-        chunk = tl.arange(0, CHUNKS)[None, None, :, None]
+        chunk = tl.arange(0, 64 * WIDTH // N)[None, :, None]
         return tl.load(at + N * chunk, mask=used & (chunk >= 0), other=0)
 
 

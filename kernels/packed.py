@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from kvtool.kernels import decode
+from kvtool.kernels.fragments import OFFSET, TABLE_WORDS
+from kvtool.kernels.merge import merge
+from kvtool.kernels.query import prepare
 from torch import Tensor
 
 from kvtool import packing
 from kvtool.attention import Attended
 from kvtool.errors import BackendError
-from kvtool.kernels import decode
-from kvtool.kernels.fragments import OFFSET, TABLE_WORDS
-from kvtool.kernels.merge import merge
-from kvtool.kernels.query import prepare
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 MAX_GROUP = 8  # query heads per KV head
@@ -59,14 +59,18 @@ class Codec:
     # the same in the kernels' terms
     query_map: Tensor = field(init=False)
     output_map: Tensor = field(init=False)
+    key_offsets: Tensor = field(init=False)
     key_table: Tensor = field(init=False)
     value_table: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         device = self.key_map.device
         derived = {
-            "query_map": (self.key_map.float() * _units(self.key_widths).to(device)).contiguous(),
-            "output_map": (self.value_map.float() * _units(self.value_widths).to(device)[:, None]).contiguous(),
+            "query_map": (self.key_map.float() * _per_channel(_UNITS, self.key_widths).to(device)).contiguous(),
+            "output_map": (
+                self.value_map.float() * _per_channel(_UNITS, self.value_widths).to(device)[:, None]
+            ).contiguous(),
+            "key_offsets": _per_channel(OFFSET, self.key_widths).to(device),
             "key_table": table(self.key_levels).to(device),
             "value_table": table(self.value_levels).to(device),
         }
@@ -88,10 +92,13 @@ def table(levels: Mapping[int, Tensor]) -> Tensor:
     return words.view(torch.int32).expand(-1, 4).contiguous()
 
 
-def _units(widths: Sequence[int]) -> Tensor:
-    """What one unit of a kernel's level is worth: at 4 bits it has u - 63.5 for 2u - 127, at 1 bit 32 for 1."""
-    units = torch.tensor([{4: 2.0, 1: 1 / 32}.get(width, 1.0) for width in widths])
-    return units.repeat_interleave(packing.GROUP)
+# what one unit of a kernel's level is worth: at 4 bits it has u - 63.5 for 2u - 127, at 1 bit 32 for 1; absent channels
+# must not share in the quantisation of the query
+_UNITS = {0: 0.0, 1: 1 / 32, 2: 1.0, 3: 1.0, 4: 2.0, 8: 1.0}
+
+
+def _per_channel(values: Mapping[int, float], widths: Sequence[int]) -> Tensor:
+    return torch.tensor([values[width] for width in widths]).repeat_interleave(packing.GROUP)
 
 
 @dataclass(frozen=True)
@@ -148,14 +155,23 @@ def attend_packed(
         return torch.empty(shape, dtype=dtype, device=device)
 
     TILE = 2 * max(ROWS, 8)
-    dims = {"H": H, "ROWS": ROWS, "BLOCKS": blocks, "GROUPS": groups}
-    padded = {"D": D, "DIMS": triton.next_power_of_2(D), "PDL": launch.pdl}
+    dims = {"H": H, "ROWS": ROWS, "BLOCKS": blocks}
+    C = 32 * groups
+    square = {
+        "D": D,
+        "C": C,
+        "DIMS": triton.next_power_of_2(D),
+        "CHANNELS": triton.next_power_of_2(C),
+        "PDL": launch.pdl,
+    }
+    square["num_warps"] = max(1, min(16, square["DIMS"] * square["CHANNELS"] // 2048))  # the map is held in registers
     pdl = {"launch_pdl": True} if launch.pdl else {}
     query = new(programs, groups, TILE, 32, dtype=torch.int8)
     query_scale, query_start = new(programs, ROWS), new(programs, ROWS, dtype=torch.int32)
     prepare[(programs, ROWS)](
         queries,
         codec.query_map,
+        codec.key_offsets,
         query,
         query_scale,
         query_start,
@@ -165,9 +181,8 @@ def attend_packed(
         scale * LOG2E,
         S=S,
         TILE=TILE,
-        LEVEL_OFFSETS=tuple(OFFSET[width] for width in codec.key_widths),
         **dims,
-        **padded,
+        **square,
         **pdl,
     )
     out, lse = new(programs, splits, ROWS, 32 * groups), new(programs, splits, ROWS)
@@ -175,6 +190,7 @@ def attend_packed(
     strides = [(0 if page_table is not None else x.stride(0), *x.stride()[1:3]) for x in (*words, kv.key_scales)]
     rows_of_bias = None if bias is None else _bias_rows(bias, B, H, used_rows, blocks * ROWS)
     options: dict[str, Any] = {
+        "GROUPS": groups,
         "KEY_WIDTHS": codec.key_widths,
         "VALUE_WIDTHS": codec.value_widths,
         "KEY_OFFSETS": _starts(codec.key_widths),
@@ -192,7 +208,7 @@ def attend_packed(
 
         kernel, extra = decode_gluon.decode, {"RAW": all(width < 2 for width in codec.key_widths)}
     else:
-        kernel, extra = decode.decode, {"P": 1, "WARPS": launch.warps, "ASM": _nvidia(device)}
+        kernel, extra = decode.decode, {"WARPS": launch.warps, "ASM": _nvidia(device)}
     kernel[(programs, splits)](
         query,
         query_scale,
@@ -229,7 +245,7 @@ def attend_packed(
         codec.output_map.stride(0) if codec.output_map.shape[0] > 1 else 0,
         SPLITS=triton.next_power_of_2(splits),
         **dims,
-        **padded,
+        **square,
         **pdl,
     )
     return Attended(merged, merged_lse)

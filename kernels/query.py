@@ -1,7 +1,9 @@
 """Query preparation, fused: transform the queries, then quantise them to 16 bits as two int8 rows.
 
-y = q M                    M: the key map, [D, 32*groups], per KV head; steps of the levels are folded into it
-y = s (128 high + low)     s = max|y| / 16256 per row, |high| <= 127, -64 <= low < 64
+    y = q M                    M: the key map, [D, C], per KV head; steps of the levels are folded into it
+    y = s (128 high + low)     s = max|y| / 16256 per row, |high| <= 127, -64 <= low < 64
+
+Channels that no key page stores have zero columns in M.
 """
 
 import triton
@@ -14,8 +16,9 @@ LARGEST = tl.constexpr(16256.0)  # 127 * 128
 @triton.jit
 def prepare(
     QUERIES,  # [B, HQ, S, D], any float
-    MAP,  # float32 [H or 1, D, 32*GROUPS]
-    QUERY,  # int8 [programs, GROUPS, TILE, 32], rows 0-7 of every 16 high and 8-15 low
+    MAP,  # float32 [H or 1, D, C]
+    OFFSETS,  # float32 [C], of the keys' levels
+    QUERY,  # int8 [programs, C/32, TILE, 32], rows 0-7 of every 16 high and 8-15 low
     QUERY_SCALE,  # float32 [programs, ROWS]
     QUERY_START,  # int32 [programs, ROWS]
     used_rows,  # query heads per KV head * S
@@ -25,14 +28,14 @@ def prepare(
     map_h,
     factor,  # softmax scale * log2 e
     S: tl.constexpr,
+    TILE: tl.constexpr,
     H: tl.constexpr,
-    D: tl.constexpr,
-    DIMS: tl.constexpr,  # D, rounded up to a power of two
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
-    TILE: tl.constexpr,
-    GROUPS: tl.constexpr,
-    LEVEL_OFFSETS: tl.constexpr,
+    D: tl.constexpr,
+    C: tl.constexpr,
+    DIMS: tl.constexpr,  # D and C, rounded up to powers of two
+    CHANNELS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One program: one query row (query head of the group, then position); unused rows become zeros."""
@@ -41,33 +44,23 @@ def prepare(
     head = program // BLOCKS
     b, h = (head // H).to(tl.int64), head % H
     row = (program % BLOCKS) * ROWS + r
-    d = tl.arange(0, DIMS)
-    c = tl.arange(0, 32)
-    maps = ()
-    for i in tl.static_range(GROUPS):
-        at = h * map_h + d[:, None] * (32 * GROUPS) + 32 * i + c[None, :]
-        maps = maps + (tl.load(MAP + at, mask=(d < D)[:, None], other=0.0),)
+    d, c = tl.arange(0, DIMS), tl.arange(0, CHANNELS)
+    inside = (d < D)[:, None] & (c < C)[None, :]
+    matrix = tl.load(MAP + h * map_h + d[:, None] * C + c[None, :], mask=inside, other=0.0)
+    offsets = tl.load(OFFSETS + c, mask=c < C, other=0.0)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     at = b * query_b + (h * (used_rows // S) + row // S) * query_h + (row % S) * query_s
     q = tl.load(QUERIES + at + d, mask=d < tl.where(row < used_rows, D, 0), other=0.0).to(tl.float32)
-    turned = ()
-    largest = 1e-30
-    for i in tl.static_range(GROUPS):
-        y = tl.sum(q[:, None] * maps[i], 0)
-        largest = tl.maximum(largest, tl.max(tl.abs(y), 0))
-        turned = turned + (y,)
-    start = 0.0
-    # channel 16h + 4q + e lies at 8q + 4h + e
-    place = ((c // 4) % 4) * 8 + (c // 16) * 4 + c % 4
-    base = program.to(tl.int64) * GROUPS * TILE + (r // 8) * 16 + r % 8
-    for i in tl.static_range(GROUPS):
-        y = tl.floor(turned[i] * (LARGEST / largest) + 0.5)
-        high = tl.floor((y + 64) / 128)
-        to = QUERY + (base + i * TILE) * 32 + place
-        tl.store(to, high.to(tl.int8))
-        tl.store(to + 8 * 32, (y - 128 * high).to(tl.int8))
-        start -= LEVEL_OFFSETS[i] * tl.sum(y, 0)
-    tl.store(QUERY_START + program * ROWS + r, tl.floor(start + 0.5).to(tl.int32))
-    tl.store(QUERY_SCALE + program * ROWS + r, largest / LARGEST * factor)
+    y = tl.sum(q[:, None] * matrix, 0)
+    unit = tl.maximum(tl.max(tl.abs(y), 0), 1e-30) / LARGEST
+    y = tl.floor(y / unit + 0.5)
+    high = tl.floor((y + 64) / 128)
+    # channel 16h + 4q + e of a group lies at 8q + 4h + e
+    place = ((c // 4) % 4) * 8 + (c // 16 % 2) * 4 + c % 4
+    to = QUERY + ((program.to(tl.int64) * (C // 32) + c // 32) * TILE + (r // 8) * 16 + r % 8) * 32 + place
+    tl.store(to, high.to(tl.int8), mask=c < C)
+    tl.store(to + 8 * 32, (y - 128 * high).to(tl.int8), mask=c < C)
+    tl.store(QUERY_START + program * ROWS + r, tl.floor(0.5 - tl.sum(offsets * y, 0)).to(tl.int32))
+    tl.store(QUERY_SCALE + program * ROWS + r, unit * factor)
