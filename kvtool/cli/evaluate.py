@@ -19,7 +19,7 @@ def evaluate(
     what: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[MODEL] [CALIBRATION]...",
+            metavar="MODEL|CALIBRATION",
             help="Calibrations (.safetensors), and before them a model. Without them: the newest, and its own model.",
             show_default=False,
         ),
