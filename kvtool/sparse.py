@@ -17,8 +17,8 @@ from torch import Tensor
 
 # exp(-88) is the least normal float32: what lies further below the maximum has no mass
 _DEPTH = 88.0
-# halvings of that depth down to the resolution of a float32 logit
-_ROUNDS = 32
+# halvings of that depth, to well below the resolution of a float32 logit
+_ROUNDS = 40
 _CAUTION = math.log(2)
 
 

@@ -23,7 +23,14 @@ from kvtool.packing import PAGE
 if TYPE_CHECKING:
     from kvtool.capture import Capture, LayerSample
 
-NEEDS_QUERIES = {"inner_product_nmse", "inner_product_bias", "logit_mse", "output_error"}
+NEEDS_QUERIES = {
+    "inner_product_nmse",
+    "inner_product_bias",
+    "logit_mse",
+    "output_error",
+    "missing_mass",
+    "missing_mass_excess",
+}
 QUERIES = 128  # of each query head, from the end of the text
 
 
@@ -89,7 +96,8 @@ def held_out(calibration: Calibration, tokens: int) -> tuple[int, int]:
     fitted = calibration.provenance.get("fit_tokens")
     start = int(fitted) if isinstance(fitted, int) and fitted < tokens else tokens - tokens // 4
     start = max(start, calibration.policy.sinks)
-    return start, start + (tokens - start) // PAGE * PAGE
+    block = calibration.method.block or PAGE
+    return start, start + (tokens - start) // block * block
 
 
 def _evidence(calibration: Calibration, capture: "Capture", index: int) -> "Iterator[Evidence]":
@@ -113,13 +121,13 @@ def evidence(calibration: Calibration, sample: "LayerSample", layer: Any) -> Evi
     keys, values = sample.keys[:, start:stop].float(), sample.values[:, start:stop].float()
     positions = sample.positions[start:stop]
     queries = None if sample.queries is None else sample.queries[:, -QUERIES:].float()
-    kv, _ = calibration.method.compress(
-        keys[None],
-        values[None],
-        layer,
-        positions=positions,
-        queries=None if queries is None else queries[None, :, -32:],
+    last = None if queries is None else queries[None, :, -32:]
+    sinks = calibration.policy.sinks
+    outside = torch.cat([torch.arange(sinks), torch.arange(stop, sample.keys.shape[1])])
+    carry = calibration.method.begin(
+        last, sample.keys[None, :, outside].float(), sample.values[None, :, outside].float(), layer, sinks=sinks
     )
+    kv, _ = calibration.method.compress(keys[None], values[None], layer, positions=positions, queries=last, carry=carry)
     decoded = calibration.method.decompress(kv, layer, positions=positions)
     return Evidence(calibration.method, layer, keys, values, queries, positions, kv, decoded)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvtool import attention
+from kvtool.attention import Attended
 from kvtool.methods.base import Decompressed, LayerCalibration, Method, nbytes
 
 
@@ -80,22 +81,35 @@ def logit_mse(evidence: Evidence) -> Tensor:
 
 def output_error(evidence: Evidence) -> Tensor:
     """Relative error of the attention output over the held-out tokens; a case is a query of the group: [H, G*S]."""
-    queries = _queries(evidence)[None]
-    shape = evidence.layer.shape
-    exact = attention.attend(
-        queries, evidence.keys[None], evidence.values[None], scale=shape.scale, softcap=shape.softcap
-    )
-    found = evidence.method.attend(
-        queries, evidence.kv, evidence.layer, positions=evidence.positions, scale=shape.scale, softcap=shape.softcap
-    )
-    error = attention.relative_error(found.out, exact.out, dim=-1)[0].float()  # [HQ, S]
-    return error.unflatten(0, (shape.num_kv_heads, shape.group)).flatten(1)
+    exact, found = _both(evidence)
+    return _by_head(evidence, attention.relative_error(found.out, exact.out, dim=-1))
 
 
 def bits_per_value(evidence: Evidence) -> Tensor:
     """Bits stored per cached number, side information and padding included; [H, 1]."""
     bits = 8 * nbytes(evidence.kv) / (2 * evidence.keys.numel())
     return torch.full((evidence.keys.shape[0], 1), bits)
+
+
+def missing_mass(evidence: Evidence) -> Tensor:
+    """1 - the share of the softmax over the held-out tokens that was read; a case is a query: [H, G*S]."""
+    exact, found = _both(evidence)
+    return _by_head(evidence, 1 - (found.lse - exact.lse).exp())
+
+
+def missing_mass_excess(evidence: Evidence) -> Tensor:
+    """By how much the output misses beyond what its missing mass allows, relative to its size; [H, G*S].
+
+    Reading a subset cannot move the output by more than the missing mass times the farthest value; 0 or less.
+    """
+    exact, found = _both(evidence)
+    missing = (1 - (found.lse - exact.lse).exp())[0]  # [HQ, S]
+    values = evidence.values.repeat_interleave(evidence.layer.shape.group, 0)  # [HQ, T, D]
+    farthest = torch.cdist(found.out[0], values).amax(-1)
+    excess = (found.out - exact.out)[0].norm(dim=-1) - missing.clamp_min(0) * farthest
+    # float32 sums over the tokens leave 1e-4 of the size of the values
+    size = values.norm(dim=-1).amax(-1, keepdim=True)
+    return _by_head(evidence, (excess / size - 1e-4).clamp_min(0.0)[None])
 
 
 MEASURES: dict[str, Measure] = {
@@ -108,8 +122,27 @@ MEASURES: dict[str, Measure] = {
         logit_mse,
         output_error,
         bits_per_value,
+        missing_mass,
+        missing_mass_excess,
     )
 }
+
+
+def _both(evidence: Evidence) -> tuple[Attended, Attended]:
+    """Attention over the held-out tokens, exact and as the method has it."""
+    queries, shape = _queries(evidence)[None], evidence.layer.shape
+    exact = attention.attend(
+        queries, evidence.keys[None], evidence.values[None], scale=shape.scale, softcap=shape.softcap
+    )
+    found = evidence.method.attend(
+        queries, evidence.kv, evidence.layer, positions=evidence.positions, scale=shape.scale, softcap=shape.softcap
+    )
+    return exact, found
+
+
+def _by_head(evidence: Evidence, cases: Tensor) -> Tensor:
+    """[1, HQ, S] by KV head, [H, G*S]."""
+    return cases[0].float().unflatten(0, (evidence.layer.shape.num_kv_heads, -1)).flatten(1)
 
 
 def _nmse(found: Tensor, exact: Tensor) -> Tensor:
