@@ -153,20 +153,10 @@ class FitPart:
         )
         self._capture = capture
 
-    def samples(self, layer: int, *, tokens: slice | None = None) -> "_Samples":
-        """The samples of a layer; may be iterated over several times. ``tokens`` narrows the range further."""
+    def samples(self, layer: int, *, tokens: slice | None = None) -> Iterator[LayerSample]:
+        """The samples of a layer; ``tokens`` narrows the range further."""
         start, stop, _ = (tokens or slice(None)).indices(self.stop)
-        return _Samples(self._capture, layer, slice(max(start, self.start), min(stop, self.stop)))
-
-
-@dataclass(frozen=True)
-class _Samples:
-    capture: Capture
-    layer: int
-    tokens: slice
-
-    def __iter__(self) -> Iterator[LayerSample]:
-        return self.capture.samples(self.layer, tokens=self.tokens)
+        return self._capture.samples(layer, tokens=slice(max(start, self.start), min(stop, self.stop)))
 
 
 def _check_layers(capture: Capture, method: Method) -> None:

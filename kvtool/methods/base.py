@@ -5,7 +5,7 @@ data makes of it, the fitted tensors, is a Calibration. No object is both.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
@@ -100,7 +100,7 @@ class Method(ABC):
         tensors: dict[str, Tensor] = {}
         layers = capture.layers
         for done, i in enumerate(layers):
-            fitted = self.fit_layer(capture.shape.layers[i], capture.shape.rope(i), capture.samples(i), layer=i)
+            fitted = self.fit_layer(capture.shape.layers[i], capture.shape.rope(i), _Samples(capture, i), layer=i)
             tensors |= {f"layers.{i}.{field}": tensor for field, tensor in fitted.items()}
             if progress:
                 progress(done + 1, len(layers))
@@ -182,8 +182,19 @@ class Method(ABC):
         return attention.attend(queries, keys, values, bias, scale=scale, softcap=softcap)
 
     def claims(self, shape: CacheShape, tensors: Mapping[str, Tensor]) -> Sequence[Claim]:
-        """What ``verify-bound`` measures; ``tensors`` are the artifact's. Nothing unless the source proves or fits it."""
+        """What ``verify-bound`` measures, given the artifact's ``tensors``: only what a source proves or the fit found."""
         return ()
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """The samples of one layer, read from disk anew in every pass: a long context does not fit in memory."""
+
+    capture: "Capture"
+    layer: int
+
+    def __iter__(self) -> "Iterator[LayerSample]":
+        return iter(self.capture.samples(self.layer))
 
 
 def nbytes(kv: Any) -> int:
