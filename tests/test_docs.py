@@ -1,4 +1,4 @@
-"""The documentation says what the program does: generated pages are current, the Python page runs, links lead to files."""
+"""The documentation says what the program does: generated pages are current, the Python page runs, links lead on."""
 
 import json
 import re
