@@ -214,7 +214,7 @@ def _contest(method: "RDKV", layer: LayerCalibration, one: Scene) -> dict[str, t
 
 def _mixed(method: "RDKV", layer: LayerCalibration, one: Scene) -> tuple[Tensor, float]:
     carry = method.begin(one.before, one.around_keys, one.around_values, layer, sinks=one.sinks)
-    weights = method.token_weights(one.keys, one.values, layer, one.before, carry)
+    weights = method.token_weights(one.keys, one.values, layer, one.positions, one.before, carry)
     levels, left = method.plan(*weights, layer, torch.zeros(1))
     keys, values = rdkv_pages.restore(one.keys, one.values, levels, layer, one.positions)
     bias = torch.zeros(levels.shape).masked_fill(levels == 0, -torch.inf)

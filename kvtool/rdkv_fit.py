@@ -17,7 +17,6 @@ from torch import Tensor
 
 from kvtool import rotation, scores
 from kvtool.allocation import allocate, lower_hull
-from kvtool.attention import Attended
 from kvtool.errors import CaptureError, MethodOptionError
 from kvtool.methods.base import LayerCalibration, Progress
 from kvtool.packing import GROUP, groups
@@ -345,8 +344,10 @@ def demand(method: "RDKV", samples: "Sequence[LayerSample]", tensors: dict[str, 
     outer_keys, outer_values = (torch.cat([x[:, :, :_SINKS], x[:, :, -window:]], 2) for x in (keys, values))
     carry = method.begin(queries, outer_keys, outer_values, layer, sinks=_SINKS)
     inside = keys[:, :, inner], values[:, :, inner]
-    cost, distortion = method.pages(*method.token_weights(*inside, layer, queries, carry), layer)
-    seen = scores.observe(queries[:, :, -window:], *inside, Attended(carry.out, carry.lse), scale=sample.shape.scale)
+    weights = method.token_weights(*inside, layer, sample.positions[inner], queries, carry)
+    cost, distortion = method.pages(*weights, layer)
+    rest = scores.around(queries[:, :, -window:], outer_keys, outer_values, sample.shape, sinks=_SINKS)
+    seen = scores.observe(queries[:, :, -window:], *inside, rest, scale=sample.shape.scale)
     energy = (seen.out.pow(2).sum(-1).mean((0, 3)).flatten() * tensors["importance"]).sum()
     full = 4.0 * inside[0].numel() / len(inside[0])
     return Demand(cost.flatten(0, 1), (distortion[0] / energy).flatten(0, 1), full)

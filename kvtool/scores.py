@@ -15,18 +15,20 @@ from torch import Tensor
 
 from kvtool import attention
 from kvtool.attention import Attended
-from kvtool.shapes import LayerShape
+from kvtool.shapes import LayerShape, Rope
 
 
 class Observed(NamedTuple):
-    """What the last queries saw.
+    """What some queries saw.
 
     weights: softmax weights [B, H, G, W, T] over the scored tokens; they sum to less than 1 if more was attended.
     out: attention output over everything, [B, H, G, W, D].
+    votes: [T], how many of the W queries come after each token.
     """
 
     weights: Tensor
     out: Tensor
+    votes: Tensor
 
 
 def observe(
@@ -37,35 +39,76 @@ def observe(
     *,
     scale: float,
     softcap: float | None = None,
+    ago: Tensor | None = None,
 ) -> Observed:
-    """Attention of ``queries`` [B, HQ, W, D] over ``keys``, ``values`` [B, H, T, D] and the ``rest`` of the cache."""
+    """Attention of ``queries`` [B, HQ, W, D] over ``keys``, ``values`` [B, H, T, D] and the ``rest`` of the cache.
+
+    ago: how many of the T tokens, counted from the last, each query comes before, [W]; None: every query sees all.
+    """
     B, HQ, W, D = queries.shape
-    H = keys.shape[1]
+    H, T = keys.shape[1:3]
     scores = attention.logits(queries, keys, scale=scale, softcap=softcap)  # [B, H, G, W, T]
+    votes = torch.full((T,), float(W), device=keys.device)
+    if ago is not None and bool((ago > 0).any()):
+        hidden = torch.arange(T, device=keys.device) >= T - ago[:, None]
+        scores = scores.masked_fill(hidden, -torch.inf)
+        votes = votes - hidden.sum(0)
     lse = scores.logsumexp(-1)
     if rest is not None:
         lse = torch.logaddexp(lse, rest.lse.reshape(B, H, HQ // H, W))
-    weights = (scores - lse[..., None]).exp()
+    weights = (scores - lse[..., None]).exp().nan_to_num_(nan=0.0)
     out = weights @ values[:, :, None].to(weights.dtype)
     if rest is not None:
-        share = (rest.lse.reshape(B, H, HQ // H, W) - lse).exp()
+        share = (rest.lse.reshape(B, H, HQ // H, W) - lse).exp().nan_to_num(nan=0.0)
         out = out + share[..., None] * rest.out.reshape(B, H, HQ // H, W, D).to(out.dtype)
-    return Observed(weights, out)
+    return Observed(weights, out, votes.clamp(min=1))
 
 
-def around(queries: Tensor, keys: Tensor, values: Tensor, shape: LayerShape, *, sinks: int) -> Attended:
-    """Attention of the last ``queries`` over what stays exact: ``sinks`` first tokens and the newest ones, causally."""
-    scale, softcap = shape.scale, shape.softcap
-    first = attention.attend(queries, keys[:, :, :sinks], values[:, :, :sinks], scale=scale, softcap=softcap)
-    newest = attention.attend(
-        queries, keys[:, :, sinks:], values[:, :, sinks:], scale=scale, softcap=softcap, causal=True
-    )
-    return attention.merge(first, newest)
+def around(
+    queries: Tensor, keys: Tensor, values: Tensor, shape: LayerShape, *, sinks: int, ago: Tensor | None = None
+) -> Attended:
+    """Attention of ``queries`` over what stays exact: ``sinks`` first tokens and the newest N ones, causally.
+
+    ago: how many tokens came after each query, [W]; None: they are the last W.
+    """
+    W, N = queries.shape[2], keys.shape[2] - sinks
+    ago = torch.arange(W - 1, -1, -1, device=keys.device) if ago is None else ago
+    scores = attention.logits(queries, keys, scale=shape.scale, softcap=shape.softcap)  # [B, H, G, W, sinks + N]
+    hidden = torch.arange(-sinks, N, device=keys.device) >= (N - ago[:, None]).clamp(min=0)
+    scores = scores.masked_fill(hidden, -torch.inf)
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse[..., None]).exp().nan_to_num_(nan=0.0)
+    return Attended((weights @ values[:, :, None].to(weights.dtype)).flatten(1, 2), lse.flatten(1, 2))
+
+
+def expect(
+    queries: Tensor, keys: Tensor, values: Tensor, *, scale: float, rope: Rope | None, end: int, ahead: int = 512
+) -> Observed:
+    """What queries at the next ``ahead`` positions would see if they were Gaussian with the moments of ``queries``.
+
+    E exp(s q.k) = exp(s mu.k + s^2 k^T Sigma k / 2), moments taken before rotary embedding and turned by its average
+    over those positions, as kvpress 0.5.5 does. queries: the last ones before position ``end``. One vote per token.
+    """
+    B, HQ, S, D = queries.shape
+    H = keys.shape[1]
+    x = queries.float()
+    turn = torch.eye(D, device=x.device)
+    if rope is not None:
+        x = rope.unrotate(x, torch.arange(end - S, end, device=x.device))
+        turn = rope.rotate(turn[:, None].expand(D, ahead, D), torch.arange(end, end + ahead, device=x.device)).mean(1)
+    mean = x.mean(2, keepdim=True)
+    centred = x - mean
+    mu = (mean @ turn).reshape(B, H, HQ // H, D)
+    sigma = turn.mT @ (centred.mT @ centred / S).reshape(B, H, HQ // H, D, D) @ turn
+    k = keys.float()[:, :, None]  # [B, H, 1, T, D]
+    logits = scale * (k @ mu[..., None]).squeeze(-1) + scale**2 / 2 * ((k @ sigma) * k).sum(-1)
+    weights = logits.softmax(-1)[..., None, :]  # [B, H, G, 1, T]
+    return Observed(weights, weights @ values.float()[:, :, None], weights.new_ones(weights.shape[-1]))
 
 
 def mass(seen: Observed) -> Tensor:
-    """Mean attention weight, [B, H, T]."""
-    return seen.weights.mean((2, 3))
+    """Mean attention weight over the queries that come after a token, [B, H, T]."""
+    return seen.weights.sum(3).mean(2) / seen.votes
 
 
 def second_order(seen: Observed, values: Tensor, importance: Tensor, *, evicted: bool) -> Tensor:
@@ -78,7 +121,7 @@ def second_order(seen: Observed, values: Tensor, importance: Tensor, *, evicted:
     apart = values.pow(2).sum(-1)[..., None, :] - 2 * seen.out @ values.mT + seen.out.pow(2).sum(-1, keepdim=True)
     p = seen.weights / (1 - seen.weights).clamp(min=1e-3) if evicted else seen.weights
     worth = importance.reshape(1, H, G, 1, 1)
-    return (worth * p.pow(2) * apart.clamp(min=0)).mean((2, 3))
+    return (worth * p.pow(2) * apart.clamp(min=0)).sum(3).mean(2) / seen.votes
 
 
 def smooth(scores: Tensor, kernel: int) -> Tensor:

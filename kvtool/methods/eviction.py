@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from kvtool.capture import Capture
 
 _BETA = 20  # PyramidKV: the topmost layer keeps 1/20 of the mean
-_FUTURE = 512  # positions that expected attention looks ahead
 
 
 class KeptKV(NamedTuple):
@@ -136,7 +135,8 @@ class Eviction(Method):
             return torch.arange(T, device=keys.device, dtype=torch.float32).expand(B, H, T)
         if self.policy == "expected":
             end = int(positions[-1]) + 1 + (0 if carry is None else int(carry.recent.max()))
-            return expected_attention(queries, keys, values, layer, end)
+            seen = scores.expect(queries, keys, values, scale=layer.shape.scale, rope=layer.rope, end=end)
+            return scores.mass(seen) * values.float().norm(dim=-1)
         rest = None if carry is None or carry.lse.numel() == 0 else Attended(carry.out, carry.lse)
         queries = queries[:, :, -(self._looked() if rest is None else rest.lse.shape[-1]) :]
         seen = scores.observe(queries, keys, values, rest, scale=layer.shape.scale, softcap=layer.shape.softcap)
@@ -156,22 +156,3 @@ def pyramid(share: float, layers: int) -> list[float]:
         most, least = 1.0, 2 * share - 1
     steps = max(1, layers - 1)
     return [most - (most - least) * i / steps for i in range(layers)]
-
-
-def expected_attention(queries: Tensor, keys: Tensor, values: Tensor, layer: LayerCalibration, end: int) -> Tensor:
-    """Expected softmax weight times ||v||, [B, H, T], for more queries like these, the last before position ``end``."""
-    B, HQ, S, D = queries.shape
-    H, scale = keys.shape[1], layer.shape.scale
-    x = queries.float()
-    turn = torch.eye(D, device=x.device)
-    if layer.rope is not None:
-        x = layer.rope.unrotate(x, torch.arange(end - S, end, device=x.device))
-        ahead = torch.arange(end, end + _FUTURE, device=x.device)
-        turn = layer.rope.rotate(turn[:, None].expand(D, _FUTURE, D), ahead).mean(1)
-    mean = x.mean(2, keepdim=True)
-    centred = x - mean
-    mu = (mean @ turn).reshape(B, H, HQ // H, D)
-    sigma = turn.mT @ (centred.mT @ centred / S).reshape(B, H, HQ // H, D, D) @ turn
-    k = keys.float()[:, :, None]  # [B, H, 1, T, D]
-    logits = scale * (k @ mu[..., None]).squeeze(-1) + scale**2 / 2 * ((k @ sigma) * k).sum(-1)
-    return logits.softmax(-1).mean(2) * values.float().norm(dim=-1)

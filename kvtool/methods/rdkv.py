@@ -34,14 +34,18 @@ if TYPE_CHECKING:
     from kvtool.race import Raced
 
 
+_ACCUMULATED = 256  # queries of the whole prompt that are looked at
+
+
 class Budget(NamedTuple):
     """The carry.
 
-    left: bytes [B] that earlier runs did not spend.
-    out, lse: attention of the last queries over the tokens that stay exact, [B, HQ, W, D] and [B, HQ, W].
+    left: bytes [B] that earlier runs did not spend. recent: tokens [B] of the window.
+    out, lse: attention of the queries looked at over the tokens that stay exact, [B, HQ, W, D] and [B, HQ, W].
     """
 
     left: Tensor
+    recent: Tensor
     out: Tensor
     lse: Tensor
 
@@ -65,6 +69,9 @@ class RDKV(Method):
     scope: Literal["head", "layer", "model"] = Field("layer", description="what shares one budget")
     weights: Literal["auto", "second-order", "paper"] = Field(
         "auto", description="what a token is worth; auto measures which one serves a layer better"
+    )
+    scoring: Literal["window", "accumulated", "expected"] = Field(
+        "window", description="which queries weigh tokens: the last, all that are known, or a Gaussian of those to come"
     )
     window: int = Field(32, ge=1, le=1024, description="last queries whose attention is looked at")
     pool: int = Field(5, ge=1, le=63, description="tokens over which scores are averaged; odd")
@@ -143,13 +150,21 @@ class RDKV(Method):
         sinks: int,
         carry: Carry = None,
     ) -> Carry:
-        if queries is None:
-            return carry
-        # a query must not see tokens after it: no more queries than tokens in the window
-        queries = queries[:, :, -min(self.window, max(1, keys.shape[2] - sinks)) :]
-        rest = scores.around(queries, keys, values, layer.shape, sinks=sinks)
         left = torch.zeros(len(keys), device=keys.device) if carry is None else carry.left
-        return Budget(left, rest.out, rest.lse)
+        recent = torch.full_like(left, keys.shape[2] - sinks)
+        if queries is None or self.scoring == "expected":
+            nothing = left.new_zeros(len(keys), 0)
+            return Budget(left, recent, nothing, nothing)
+        ago = self._ago(queries)
+        rest = scores.around(queries[:, :, -1 - ago], keys, values, layer.shape, sinks=sinks, ago=ago)
+        return Budget(left, recent, rest.out, rest.lse)
+
+    def _ago(self, queries: Tensor) -> Tensor:
+        """How many tokens came after each query that is looked at: the last ones, or as many spread over all."""
+        S = queries.shape[2]
+        if self.scoring == "window":
+            return torch.arange(min(S, self.window) - 1, -1, -1, device=queries.device)
+        return torch.linspace(S - 1, 0, min(S, _ACCUMULATED), device=queries.device).round().long()
 
     def compress(
         self,
@@ -161,12 +176,12 @@ class RDKV(Method):
         queries: Tensor | None = None,
         carry: Carry = None,
     ) -> tuple[Pages, Carry]:
-        evicted, kept = self.token_weights(keys, values, layer, queries, carry)
+        evicted, kept = self.token_weights(keys, values, layer, positions, queries, carry)
         left = torch.zeros(len(keys), device=keys.device) if carry is None else carry.left
         levels, left = self.plan(evicted, kept, layer, left)
         pages = rdkv_pages.pack(keys, values, levels, layer, positions)
         nothing = torch.zeros(len(keys), 0, device=keys.device)
-        return pages, Budget(left, nothing, nothing)
+        return pages, Budget(left, left, nothing, nothing)
 
     def decompress(self, kv: Pages, layer: LayerCalibration, *, positions: Tensor) -> Decompressed:
         keys, values, real = rdkv_pages.unpack(kv, layer, positions)
@@ -174,7 +189,13 @@ class RDKV(Method):
         return Decompressed(keys, values, bias)
 
     def token_weights(
-        self, keys: Tensor, values: Tensor, layer: LayerCalibration, queries: Tensor | None, carry: Carry
+        self,
+        keys: Tensor,
+        values: Tensor,
+        layer: LayerCalibration,
+        positions: Tensor,
+        queries: Tensor | None,
+        carry: Carry,
     ) -> tuple[Tensor, Tensor]:
         """What each token's eviction costs and what its noise costs, [B, H, T] each."""
         eviction = float(layer["eviction"])
@@ -182,9 +203,23 @@ class RDKV(Method):
             # nothing is known: every token is worth the same
             flat = keys.new_ones(keys.shape[:3], dtype=torch.float32)
             return flat * eviction, flat
-        rest = None if carry is None or carry.lse.numel() == 0 else Attended(carry.out, carry.lse)
-        queries = queries[:, :, -(self.window if rest is None else rest.lse.shape[-1]) :]
-        seen = scores.observe(queries, keys, values, rest, scale=layer.shape.scale, softcap=layer.shape.softcap)
+        scale, softcap = layer.shape.scale, layer.shape.softcap
+        recent = 0 if carry is None else int(carry.recent.max())
+        if self.scoring == "expected":
+            end = int(positions[-1]) + 1 + recent
+            seen = scores.expect(queries, keys, values, scale=scale, rope=layer.rope, end=end)
+        else:
+            rest = None if carry is None or carry.lse.numel() == 0 else Attended(carry.out, carry.lse)
+            ago = self._ago(queries)
+            seen = scores.observe(
+                queries[:, :, -1 - ago],
+                keys,
+                values,
+                rest,
+                scale=scale,
+                softcap=softcap,
+                ago=(ago - recent).clamp(min=0),
+            )
         if self.families[int(layer["family"])] == "paper":
             mass = scores.smooth(scores.mass(seen), self.pool)
             return mass * eviction, mass

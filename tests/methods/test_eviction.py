@@ -1,15 +1,13 @@
 """Promises of the eviction baselines: bytes as asked, the right tokens kept, the published formulas."""
 
-import math
-
 import pytest
 import torch
 
-from kvtool import attention
+from kvtool import attention, scores
 from kvtool.errors import MethodOptionError
 from kvtool.methods import make_method
 from kvtool.methods.base import LayerCalibration, nbytes
-from kvtool.methods.eviction import Eviction, expected_attention, pyramid
+from kvtool.methods.eviction import Eviction, pyramid
 from kvtool.shapes import LayerKind, LayerShape, Rope
 
 POLICIES = ("snapkv", "pyramidkv", "tova", "expected", "streaming")
@@ -99,7 +97,7 @@ def test_expected_attention_is_the_mean_of_exp_over_gaussian_queries():
     mix = torch.randn(16, 16, generator=g) / 4
     queries = torch.randn(1, 6, 200_000, 16, generator=g) @ mix + 0.3
     keys, values = torch.randn(1, 2, 10, 16, generator=g), torch.ones(1, 2, 10, 16)
-    found = expected_attention(queries, keys, values, layer(1.0, rope=None), end=200_000) / 4
+    found = scores.mass(scores.expect(queries, keys, values, scale=0.25, rope=None, end=200_000))
     mean = (queries.reshape(1, 2, 3, -1, 16) @ keys[:, :, None].mT * 0.25).exp().mean(-2)
     assert torch.allclose(found, (mean / mean.sum(-1, keepdim=True)).mean(2), rtol=0.05)  # 200k draws of a lognormal
 
@@ -110,9 +108,9 @@ def test_expected_attention_turns_queries_to_the_next_positions():
     query = torch.randn(16, generator=g)
     queries = ROPE.rotate(query.expand(1, 6, 50, 16), torch.arange(950, 1000))
     keys = torch.randn(1, 2, 8, 16, generator=g)
-    found = expected_attention(queries, keys, torch.ones(1, 2, 8, 16), layer(1.0), end=1000)
+    found = scores.mass(scores.expect(queries, keys, keys, scale=0.25, rope=ROPE, end=1000))
     ahead = ROPE.rotate(query.expand(512, 16), torch.arange(1000, 1512)).mean(0)
-    assert torch.allclose(found / math.sqrt(16), (0.25 * keys @ ahead).softmax(-1), atol=1e-4)
+    assert torch.allclose(found, (0.25 * keys @ ahead).softmax(-1), atol=1e-4)
 
 
 def test_a_bad_budget_is_refused_in_one_sentence():

@@ -320,3 +320,52 @@ def test_a_capture_without_queries_or_too_short_is_refused():
         fit_layer([replace(one, queries=None)], one.shape, seed=0)
     with pytest.raises(CaptureError, match="longer text"):
         fit_layer([sample(layer_shape(), T=72)], one.shape, seed=0)
+
+
+def test_accumulated_scores_are_those_of_causal_attention():
+    """Every query of the prompt votes, on the tokens before it alone; sinks and window take their share."""
+    shape = layer_shape(D=16, H=1, G=1)
+    one = sample(shape, T=90, seed=12)
+    q, k, v = (x[None] for x in (one.queries, one.keys, one.values))
+    ago = torch.tensor([80, 50, 20, 5, 0])
+    outer = [torch.cat([x[:, :, :4], x[:, :, -10:]], 2) for x in (k, v)]
+    rest = scores.around(q[:, :, -1 - ago], *outer, shape, sinks=4, ago=ago)
+    inner = (k[:, :, 4:80], v[:, :, 4:80])
+    seen = scores.observe(q[:, :, -1 - ago], *inner, rest, scale=shape.scale, ago=(ago - 10).clamp(min=0))
+    for row, back in enumerate(ago.tolist()):
+        end = 90 - back
+        weights = (q[0, 0, end - 1] @ k[0, 0, :end].T * shape.scale).softmax(-1)
+        expected = torch.zeros(76).index_add(0, torch.arange(min(end, 80) - 4), weights[4 : min(end, 80)])
+        assert torch.allclose(seen.weights[0, 0, 0, row], expected, atol=1e-5)
+        assert torch.allclose(seen.out[0, 0, 0, row], weights @ v[0, 0, :end], atol=1e-4)
+    assert seen.votes.tolist() == [5 - int((90 - ago <= 4 + t).sum()) or 1 for t in range(76)]
+
+
+@pytest.mark.parametrize("scoring", ["window", "accumulated", "expected"])
+def test_every_scoring_meets_the_budget(fitted, scoring):
+    layer = replace(fitted, tensors={**fitted.tensors, "fraction": torch.tensor(0.125)})
+    method, one = RDKV(scoring=scoring), sample(layer_shape(), seed=13)
+    keys, values, queries = (x[None] for x in (one.keys, one.values, one.queries))
+    carry = method.begin(queries, keys[:, :, [*range(4), *range(-32, 0)]], values[:, :, [*range(36)]], layer, sinks=4)
+    inner = slice(4, -32)
+    kv, _ = method.compress(
+        keys[:, :, inner], values[:, :, inner], layer, positions=one.positions[inner], queries=queries, carry=carry
+    )
+    assert 0.9 * 0.125 < nbytes(kv) / (4 * 64 * 2 * 732) <= 0.125
+
+
+def test_a_question_asked_first_is_remembered_by_accumulated_scores(fitted):
+    """A token only the first half of the prompt asked for: the last queries do not know it, all of them do."""
+    one = sample(layer_shape(), seed=14)
+    keys, values, queries = (x[None].clone() for x in (one.keys, one.values, one.queries))
+    asked = torch.zeros(64)
+    asked[0] = 6.0  # an unused direction, so that nothing else answers
+    keys[..., 0], queries[..., 0] = 0, 0
+    keys[:, :, 40] = 3 * asked
+    queries[:, :, 60:400] = asked + 0.1 * queries[:, :, 60:400]
+    ranks = []
+    for scoring in ("window", "accumulated"):
+        method = RDKV(scoring=scoring)
+        lost, _ = method.token_weights(keys, values, fitted, one.positions, queries, None)
+        ranks.append(int((lost[0, 0] > lost[0, 0, 40]).sum()))
+    assert ranks[1] < 5 < 50 < ranks[0]
