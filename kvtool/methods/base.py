@@ -182,7 +182,7 @@ class Method(ABC):
         return attention.attend(queries, keys, values, bias, scale=scale, softcap=softcap)
 
     def claims(self, shape: CacheShape, tensors: Mapping[str, Tensor]) -> Sequence[Claim]:
-        """What ``verify-bound`` measures, given the artifact's ``tensors``: only what a source proves or the fit found."""
+        """What ``verify-bound`` measures, given the artifact's ``tensors``: what a source proves or the fit found."""
         return ()
 
 
