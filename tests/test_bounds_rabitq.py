@@ -203,7 +203,7 @@ def test_no_violation_is_no_proof_of_none() -> None:
 
 
 def test_twenty_million_pairs_a_second_on_two_cores() -> None:
-    """Rotation, code, estimate and statistics, at head_dim 64: processor time of one thread, so load does not matter."""
+    """Rotation, code, estimate and statistics at head_dim 64; processor time of one thread, so load does not matter."""
     g = torch.Generator().manual_seed(0)
     pair = HeadPairs(
         torch.randn(2048, 64, generator=g),

@@ -71,12 +71,14 @@ def verify_bound(
         _top_p(inputs, top_p, chosen, as_json=as_json)
         return
     made = []
-    if inputs.calibration.method.claims(inputs.calibration.shape, inputs.calibration.tensors):
+    fitted = inputs.calibration
+    # a capture is asked about RaBitQ's bound alone; an artifact about all it claims
+    if (inputs.artifact or fitted.method.name != "rabitq") and fitted.method.claims(fitted.shape, fitted.tensors):
         with progress("measuring claims") as report:
             made.append(certificates.verify_claims(inputs, confidence=confidence, layers=chosen, progress=report))
-    if inputs.calibration.method.name == "rabitq":
+    if fitted.method.name == "rabitq":
         settings = settings_from(
-            inputs.calibration.method,
+            fitted.method,
             bits=bits,
             epsilon=epsilon,
             delta=delta,
@@ -90,7 +92,7 @@ def verify_bound(
         with progress("drawing rotations") as report:
             made.append(certificates.verify_rabitq(inputs, settings, layers=chosen, progress=report))
     if not made:
-        talk.print(f"{inputs.calibration.method.name} claims nothing: nothing to verify")
+        talk.print(f"{fitted.method.name} claims nothing: nothing to verify")
     for one in made:
         _say(one, certificates.save(one, out if one is made[-1] else None))
     records = [{"kind": one["kind"], **record} for one in made for record in one["results"]]
