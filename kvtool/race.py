@@ -78,20 +78,16 @@ def race(
         layer = LayerCalibration(i, capture.shape.layers[i], capture.shape.rope(i), own)
         samples = list(capture.samples(i))
         worth = own["importance"]
-        tuning = [
-            s
-            for s in (
-                scene(x, policy, policy.sinks, start, tokens=_TUNE_TOKENS, asked=_TUNE_ASKED) for x in samples[:2]
-            )
-            if s
-        ]
+        fitted = (scene(x, policy, policy.sinks, start, tokens=_TUNE_TOKENS, asked=_TUNE_ASKED) for x in samples[:2])
+        tuning = [s for s in fitted if s]
         if tuning:
             layer, tuned[i] = _tune(method, layer, tuning, worth)
             tensors |= {f"layers.{i}.{field}": layer[field] for field in ("family", "eviction")}
-        for sample in samples:
-            held = scene(sample, policy, start, sample.keys.shape[1])
-            if held is None:
-                continue
+        scenes = [s for s in (scene(x, policy, start, x.keys.shape[1]) for x in samples) if s]
+        if scenes:
+            maps = [_allocated(_levels(method, layer, one)[0], layer) for one in scenes]
+            tensors[f"layers.{i}.allocated"] = torch.stack(maps).mean(0)
+        for held in scenes:
             for name, (found, size) in _contest(method, layer, held).items():
                 errors.setdefault(name, []).append(_by_block(found, held.exact.out, worth))
                 bits.setdefault(name, []).append(size)
@@ -213,15 +209,25 @@ def _contest(method: "RDKV", layer: LayerCalibration, one: Scene) -> dict[str, t
 
 
 def _mixed(method: "RDKV", layer: LayerCalibration, one: Scene) -> tuple[Tensor, float]:
-    carry = method.begin(one.before, one.around_keys, one.around_values, layer, sinks=one.sinks)
-    weights = method.token_weights(one.keys, one.values, layer, one.positions, one.before, carry)
-    levels, left = method.plan(*weights, layer, torch.zeros(1))
+    levels, left = _levels(method, layer, one)
     keys, values = rdkv_pages.restore(one.keys, one.values, levels, layer, one.positions)
     bias = torch.zeros(levels.shape).masked_fill(levels == 0, -torch.inf)
     part = attention.attend(one.asked, keys, values, bias, scale=layer.shape.scale, softcap=layer.shape.softcap)
     H, T, D = one.keys.shape[1:]
     spent = 4 * H * T * D * float(layer["fraction"]) - float(left)
     return attention.merge(one.rest, part).out, 4 * spent / (H * T * D)
+
+
+def _levels(method: "RDKV", layer: LayerCalibration, one: Scene) -> tuple[Tensor, Tensor]:
+    carry = method.begin(one.before, one.around_keys, one.around_values, layer, sinks=one.sinks)
+    weights = method.token_weights(one.keys, one.values, layer, one.positions, one.before, carry)
+    return method.plan(*weights, layer, torch.zeros(1))
+
+
+def _allocated(levels: Tensor, layer: LayerCalibration) -> Tensor:
+    """Mean bits per value and the share of tokens kept of each KV head, [H, 2]."""
+    bits = level_bytes(layer["widths"], layer.shape.head_dim) / (16 * layer.shape.head_dim)  # [H, L]
+    return torch.stack([bits.gather(1, levels[0].long()).mean(1), (levels[0] > 0).float().mean(1)], -1)
 
 
 def uniform(layer: LayerCalibration, k: int, v: int) -> LayerCalibration:
@@ -302,11 +308,14 @@ def _decide(tensors: dict[str, Tensor], rows: dict[str, _Row], tuned: dict[int, 
     if _mean(best) < _mean(mix):
         record["winner"] = name
         k, v = (int(x) for x in name[1:].split("v"))
+        everywhere = torch.tensor([best.bits, 1.0])
         changed = {
             key.replace("widths", field): t
             for key, widths in tensors.items()
             if key.endswith(".widths")
-            for field, t in _uniform(widths, k, v).items()
+            for field, t in (
+                _uniform(widths, k, v) | {"allocated": everywhere.expand(len(widths), 2).contiguous()}
+            ).items()
         }
         return Raced(
             {**tensors, **changed},

@@ -307,6 +307,8 @@ def fit_layer(samples: "Sequence[LayerSample]", shape: LayerShape, *, seed: int)
         # until tuned: what served the embedded model best
         "family": torch.tensor(0, dtype=torch.uint8),
         "eviction": torch.tensor(16.0),
+        # bits per value and share of tokens kept, of a held-out prompt: the race fills it in
+        "allocated": torch.zeros(shape.num_kv_heads, 2),
     }
 
 

@@ -40,7 +40,9 @@ def inspect(
     damaged = _verify(found) if verify else []
     emit(
         [*(record.as_dict() for record in found), *(one.as_dict() for one in measured)],
-        lambda: Group(_facts(found[0]) if len(found) == 1 else _overview(found), *_pictures(measured)),
+        lambda: Group(
+            _facts(found[0]) if len(found) == 1 else _overview(found), *_pictures(measured), *_bit_maps(found)
+        ),
         as_json=as_json,
     )
     if damaged:
@@ -181,6 +183,25 @@ def _pictures(measured: "list[LayerStatistics]") -> list[RenderableType]:
         "over tokens, before and after RoPE; outliers: key channels past 3 times the median; heads run left to right"
     )
     return [table, legend, Columns(maps, padding=(1, 3))]
+
+
+def _bit_maps(found: "list[Record]") -> list[RenderableType]:
+    """Where one artifact spends its bytes, if it says so: bits and tokens kept by layer and head."""
+    from kvtool.calibration import Calibration
+    from kvtool.inspection import CalibrationRecord
+    from kvtool.inspection.heat import heat_map
+
+    if len(found) != 1 or not isinstance(found[0], CalibrationRecord):
+        return []
+    tensors = Calibration.load(Path(found[0].path)).tensors
+    spent = {int(name.split(".")[1]): t for name, t in tensors.items() if name.endswith(".allocated")}
+    if not any(bool(t.any()) for t in spent.values()):
+        return []
+    maps = [
+        heat_map("bits per value, held-out prompt", {i: t[:, 0].tolist() for i, t in sorted(spent.items())}),
+        heat_map("share of tokens kept", {i: t[:, 1].tolist() for i, t in sorted(spent.items())}),
+    ]
+    return [Columns(maps, padding=(1, 3))]
 
 
 def _mean(values: list[float]) -> float:

@@ -108,6 +108,7 @@ class RDKV(Method):
             "fraction": TensorSpec("float32", ()),
             "family": TensorSpec("uint8", ()),
             "eviction": TensorSpec("float32", ()),
+            "allocated": TensorSpec("float32", (H, 2)),
         }
 
     def fit(self, capture: "Capture", *, progress: Progress | None = None) -> dict[str, Tensor]:
