@@ -13,7 +13,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from typer.testing import CliRunner
 
 from kvtool.calibration import Calibration
-from kvtool.errors import InputError
+from kvtool.errors import InputError, ModelError
 from kvtool.evaluate import reference
 from kvtool.evaluate.contestants import Contestant, from_files, parse_baselines
 from kvtool.evaluate.reference import Store, prune, segments
@@ -276,6 +276,16 @@ def test_the_command_prints_one_object_a_row(command, tmp_path):
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert {row["name"]: row["kind"] for row in rows} == {"full": "full", "mine": "calibration", "kivi2": "baseline"}
     assert "| mine |" in (tmp_path / "rows.md").read_text()
+
+
+def test_a_model_that_the_artifact_cannot_find_is_asked_for(command, monkeypatch):
+    def missing(*_, **__):
+        raise ModelError("mine: no such directory")
+
+    monkeypatch.setattr("kvtool.models.load_model", missing)
+    failed = command()
+    assert isinstance(failed.exception, ModelError)
+    assert str(failed.exception).startswith("mine: no such directory; or name it: 'kvtool eval MODEL ")
 
 
 def test_a_gate_sets_the_exit_status(command):

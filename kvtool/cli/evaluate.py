@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvtool.cli.output import emit, progress, talk
-from kvtool.errors import InputError
+from kvtool.errors import InputError, ModelError
 
 if TYPE_CHECKING:
     from kvtool.evaluate.contestants import Contestant
@@ -100,10 +100,15 @@ def evaluate(
         paths = [home.newest("calibration", "kvtool calibrate")]
         talk.print(f"calibration: {paths[0]}")
     tested = from_files(paths, sinks=sinks, window=window)
-    if model is None:
-        assert tested[0].calibration is not None
-        model = tested[0].calibration.provenance.get("model")
-    loaded = load_model(model, revision=revision, trust_remote_code=trust_remote_code, device=device, dtype=dtype)
+    assert tested[0].calibration is not None
+    made_for, named = tested[0].calibration.provenance, model is not None
+    if not named:
+        model, revision = made_for.get("model"), revision or made_for.get("revision")
+    try:
+        loaded = load_model(model, revision=revision, trust_remote_code=trust_remote_code, device=device, dtype=dtype)
+    except ModelError as error:
+        # an artifact knows a local model by the last part of its path only
+        raise error if named else ModelError(f"{error}; or name it: 'kvtool eval MODEL {paths[0]}'") from None
     contestants = parse_baselines(baselines, loaded.shape) + tested
     scored, hay = _corpus(loaded, text), _corpus(loaded, haystack)
     _warn_fitted(tested, loaded, scored)
