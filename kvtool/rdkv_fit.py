@@ -15,20 +15,20 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from kvtool import rotation, scores
-from kvtool.allocation import allocate, lower_hull
+from kvtool import rotation
+from kvtool.allocation import lower_hull
 from kvtool.errors import CaptureError, MethodOptionError
-from kvtool.methods.base import LayerCalibration, Progress
+from kvtool.methods.base import Progress
 from kvtool.packing import GROUP, groups
+from kvtool.rdkv_layers import SINKS, Demand, demand, spread_over_layers
 from kvtool.rdkv_pages import EXACT, LEVELS, gain, gain_code, level_bytes, table_codes, table_values
-from kvtool.shapes import LayerShape, Rope
+from kvtool.shapes import LayerShape
 
 if TYPE_CHECKING:
     from kvtool.capture import Capture, LayerSample
     from kvtool.methods.rdkv import RDKV
 
 WIDTHS = (0, 1, 2, 3, 4, 8)
-_SINKS = 4  # the first tokens are outliers and never compressed: they must not shape the statistics
 _TOKENS = 2048  # tokens and queries a distortion is measured on, per sample
 _QUERIES = 64
 
@@ -57,7 +57,7 @@ def statistics(samples: Sequence["LayerSample"]) -> Statistics:
         )
     count, total = 0, torch.zeros(())
     for sample in samples:
-        keys = sample.pre_rope_keys()[:, _SINKS:]
+        keys = sample.pre_rope_keys()[:, SINKS:]
         count, total = count + keys.shape[1], total + keys.sum(1)
     if count < 2 * _QUERIES:
         raise CaptureError(
@@ -67,7 +67,7 @@ def statistics(samples: Sequence["LayerSample"]) -> Statistics:
     key = torch.zeros_like(mean)
     query, seen = torch.zeros_like(mean), 0
     for sample in samples:
-        key += _centred(sample, mean)[:, _SINKS:].pow(2).sum(1) / count
+        key += _centred(sample, mean)[:, SINKS:].pow(2).sum(1) / count
         queries = _queries(sample).float().unflatten(0, (mean.shape[0], -1))  # [H, G, S, D]
         query += queries.pow(2).sum((1, 2))
         seen += queries.shape[1] * queries.shape[2]
@@ -173,7 +173,7 @@ def sensitivity(sample: "LayerSample", generator: torch.Generator) -> Sensitivit
     assert sample.query_positions is not None
     late = (sample.query_positions >= sample.positions[T // 2]).nonzero().squeeze(1)
     rows = late[torch.randperm(len(late), generator=generator)[:_QUERIES]]
-    tokens = _SINKS + torch.randperm(max(1, T // 2 - _SINKS), generator=generator)[:_TOKENS].sort().values
+    tokens = SINKS + torch.randperm(max(1, T // 2 - SINKS), generator=generator)[:_TOKENS].sort().values
     q = queries[:, rows].float().unflatten(0, (H, -1)).flatten(1, 2)  # [H, G*Q, D]
     scores = q @ keys.mT * sample.shape.scale
     if sample.shape.softcap is not None:
@@ -325,45 +325,3 @@ def _check_keeps_something(
             f"rdkv layer {samples[0].layer}: {bytes_here:.0f} bytes at {tokens} tokens would evict everything in a "
             f"head, a page of 64 tokens takes {least}; ask for a larger budget or capture a longer text"
         )
-
-
-class Demand(NamedTuple):
-    """What one layer of a captured prompt would do with bytes: cost and distortion [N, LEVELS] of its pages, and the
-    bytes of the layer in 16 bits."""
-
-    cost: Tensor
-    distortion: Tensor
-    full: float
-
-
-def demand(method: "RDKV", samples: "Sequence[LayerSample]", tensors: dict[str, Tensor], rope: Rope | None) -> Demand:
-    """The pages of the first sample as rdkv weighs them, relative to the energy of the layer's attention output."""
-    sample = samples[0]
-    layer = LayerCalibration(sample.layer, sample.shape, rope, tensors)
-    keys, values, queries = (x[None].float() for x in (sample.keys, sample.values, _queries(sample)))
-    window = method.window
-    inner = slice(_SINKS, -window)
-    outer_keys, outer_values = (torch.cat([x[:, :, :_SINKS], x[:, :, -window:]], 2) for x in (keys, values))
-    carry = method.begin(queries, outer_keys, outer_values, layer, sinks=_SINKS)
-    inside = keys[:, :, inner], values[:, :, inner]
-    weights = method.token_weights(*inside, layer, sample.positions[inner], queries, carry)
-    cost, distortion = method.pages(*weights, layer)
-    rest = scores.around(queries[:, :, -window:], outer_keys, outer_values, sample.shape, sinks=_SINKS)
-    seen = scores.observe(queries[:, :, -window:], *inside, rest, scale=sample.shape.scale)
-    energy = (seen.out.pow(2).sum(-1).mean((0, 3)).flatten() * tensors["importance"]).sum()
-    full = 4.0 * inside[0].numel() / len(inside[0])
-    return Demand(cost.flatten(0, 1), (distortion[0] / energy).flatten(0, 1), full)
-
-
-def spread_over_layers(demands: dict[int, Demand], share: float) -> dict[int, float]:
-    """The fraction of each layer when one budget serves all of them; their mean, weighted by size, is ``share``."""
-    cost = torch.cat([one.cost for one in demands.values()])
-    distortion = torch.cat([one.distortion for one in demands.values()])
-    total = sum(one.full for one in demands.values())
-    chosen = allocate(cost, distortion, share * total)
-    spent = cost.gather(1, chosen[:, None]).squeeze(1).split([len(one.cost) for one in demands.values()])
-    # no layer starves: what one prompt hardly reads another may
-    floor = 0.25 * share
-    fractions = [max(floor, float(s.sum()) / one.full) for s, one in zip(spent, demands.values(), strict=True)]
-    excess = sum(f * one.full for f, one in zip(fractions, demands.values(), strict=True)) / (share * total)
-    return {i: min(1.0, f / excess) for i, f in zip(demands, fractions, strict=True)}

@@ -61,7 +61,7 @@ def observe(
     if rest is not None:
         share = (rest.lse.reshape(B, H, HQ // H, W) - lse).exp().nan_to_num(nan=0.0)
         out = out + share[..., None] * rest.out.reshape(B, H, HQ // H, W, D).to(out.dtype)
-    return Observed(weights, out, votes.clamp(min=1))
+    return Observed(weights, out, votes)
 
 
 def around(
@@ -108,7 +108,7 @@ def expect(
 
 def mass(seen: Observed) -> Tensor:
     """Mean attention weight over the queries that come after a token, [B, H, T]."""
-    return seen.weights.sum(3).mean(2) / seen.votes
+    return seen.weights.sum(3).mean(2) / seen.votes.clamp(min=1)
 
 
 def second_order(seen: Observed, values: Tensor, importance: Tensor, *, evicted: bool) -> Tensor:
@@ -121,7 +121,7 @@ def second_order(seen: Observed, values: Tensor, importance: Tensor, *, evicted:
     apart = values.pow(2).sum(-1)[..., None, :] - 2 * seen.out @ values.mT + seen.out.pow(2).sum(-1, keepdim=True)
     p = seen.weights / (1 - seen.weights).clamp(min=1e-3) if evicted else seen.weights
     worth = importance.reshape(1, H, G, 1, 1)
-    return (worth * p.pow(2) * apart.clamp(min=0)).sum(3).mean(2) / seen.votes
+    return (worth * p.pow(2) * apart.clamp(min=0)).sum(3).mean(2) / seen.votes.clamp(min=1)
 
 
 def smooth(scores: Tensor, kernel: int) -> Tensor:

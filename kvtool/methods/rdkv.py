@@ -11,7 +11,7 @@ rdkv_pages.py. Tokens that leave the window later come in blocks of 64 and are o
 by the same rule within the same budget per token, and bytes left over are carried to the next block.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from kvtool import rdkv_pages, scores
 from kvtool.allocation import allocate
 from kvtool.attention import Attended
-from kvtool.methods.base import Carry, Decompressed, LayerCalibration, Method, Progress
+from kvtool.methods.base import Carry, Claim, Decompressed, LayerCalibration, Method, Progress
 from kvtool.packing import PAGE, groups
 from kvtool.rdkv_budget import budget_fraction, parse_share
 from kvtool.rdkv_pages import LEVELS, Pages
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from kvtool.race import Raced
 
 
+_WEIGHTS = 1 << 26  # attention weights held at a time: 256 MiB
 _ACCUMULATED = 256  # queries of the whole prompt that are looked at
 
 
@@ -189,6 +190,14 @@ class RDKV(Method):
         bias = torch.zeros(real.shape, device=real.device).masked_fill(~real, -torch.inf)
         return Decompressed(keys, values, bias)
 
+    def claims(self, shape: CacheShape, tensors: Mapping[str, Tensor]) -> Sequence[Claim]:
+        """The budget, of every layer."""
+        return [
+            Claim("bits_per_value", 16 * float(tensors[f"layers.{i}.fraction"]), "always", "calibration", layer=i)
+            for i in shape.compressible
+            if f"layers.{i}.fraction" in tensors
+        ]
+
     def token_weights(
         self,
         keys: Tensor,
@@ -204,30 +213,50 @@ class RDKV(Method):
             # nothing is known: every token is worth the same
             flat = keys.new_ones(keys.shape[:3], dtype=torch.float32)
             return flat * eviction, flat
+        sums, votes = [], []
+        for seen in self._observed(keys, values, layer, positions, queries, carry):
+            if self.families[int(layer["family"])] == "paper":
+                both = scores.mass(seen)[None].expand(2, -1, -1, -1)
+            else:
+                worth = layer["importance"]
+                both = torch.stack([scores.second_order(seen, values, worth, evicted=lost) for lost in (True, False)])
+            sums.append(both * seen.votes)
+            votes.append(seen.votes)
+        mean = torch.stack(sums).sum(0) / torch.stack(votes).sum(0).clamp(min=1)
+        lost, noisy = scores.smooth(mean, self.pool)
+        return lost * eviction, noisy
+
+    def _observed(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        layer: LayerCalibration,
+        positions: Tensor,
+        queries: Tensor,
+        carry: Carry,
+    ) -> Iterator[scores.Observed]:
+        """What the queries that are looked at saw, some at a time."""
+        B, HQ = queries.shape[:2]
         scale, softcap = layer.shape.scale, layer.shape.softcap
         recent = 0 if carry is None else int(carry.recent.max())
         if self.scoring == "expected":
             end = int(positions[-1]) + 1 + recent
-            seen = scores.expect(queries, keys, values, scale=scale, rope=layer.rope, end=end)
-        else:
-            rest = None if carry is None or carry.lse.numel() == 0 else Attended(carry.out, carry.lse)
-            ago = self._ago(queries)
-            seen = scores.observe(
-                queries[:, :, -1 - ago],
+            yield scores.expect(queries, keys, values, scale=scale, rope=layer.rope, end=end)
+            return
+        ago = self._ago(queries)
+        step = max(1, _WEIGHTS // (B * HQ * keys.shape[2]))
+        for first in range(0, len(ago), step):
+            part = slice(first, first + step)
+            known = carry is not None and carry.lse.numel() > 0
+            yield scores.observe(
+                queries[:, :, -1 - ago[part]],
                 keys,
                 values,
-                rest,
+                Attended(carry.out[:, :, part], carry.lse[:, :, part]) if known else None,
                 scale=scale,
                 softcap=softcap,
-                ago=(ago - recent).clamp(min=0),
+                ago=(ago[part] - recent).clamp(min=0),
             )
-        if self.families[int(layer["family"])] == "paper":
-            mass = scores.smooth(scores.mass(seen), self.pool)
-            return mass * eviction, mass
-        worth = layer["importance"]
-        lost = scores.smooth(scores.second_order(seen, values, worth, evicted=True), self.pool)
-        noisy = scores.smooth(scores.second_order(seen, values, worth, evicted=False), self.pool)
-        return lost * eviction, noisy
 
     def pages(self, evicted: Tensor, kept: Tensor, layer: LayerCalibration) -> tuple[Tensor, Tensor]:
         """Bytes [H, P, L] and predicted distortion [B, H, P, L] of every page at every level."""

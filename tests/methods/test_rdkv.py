@@ -338,7 +338,7 @@ def test_accumulated_scores_are_those_of_causal_attention():
         expected = torch.zeros(76).index_add(0, torch.arange(min(end, 80) - 4), weights[4 : min(end, 80)])
         assert torch.allclose(seen.weights[0, 0, 0, row], expected, atol=1e-5)
         assert torch.allclose(seen.out[0, 0, 0, row], weights @ v[0, 0, :end], atol=1e-4)
-    assert seen.votes.tolist() == [5 - int((90 - ago <= 4 + t).sum()) or 1 for t in range(76)]
+    assert seen.votes.tolist() == [int((90 - ago > 4 + t).sum()) for t in range(76)]
 
 
 @pytest.mark.parametrize("scoring", ["window", "accumulated", "expected"])
@@ -369,3 +369,20 @@ def test_a_question_asked_first_is_remembered_by_accumulated_scores(fitted):
         lost, _ = method.token_weights(keys, values, fitted, one.positions, queries, None)
         ranks.append(int((lost[0, 0] > lost[0, 0, 40]).sum()))
     assert ranks[1] < 5 < 50 < ranks[0]
+
+
+def test_the_claim_is_the_budget():
+    one = OneLayer([sample(layer_shape(), T=300)])
+    method = RDKV(bits=3)
+    (claim,) = method.claims(one.shape, fit(method, one))
+    assert (claim.quantity, claim.limit, claim.kind, claim.layer) == ("bits_per_value", 3.0, "always", 0)
+
+
+def test_looking_at_some_queries_at_a_time_changes_nothing(fitted, monkeypatch):
+    one = sample(layer_shape(), T=300, seed=15)
+    keys, values, queries = (x[None] for x in (one.keys, one.values, one.queries))
+    whole = RDKV().token_weights(keys, values, fitted, one.positions, queries, None)
+    monkeypatch.setattr("kvtool.methods.rdkv._WEIGHTS", 6 * 300 * 5)
+    parts = RDKV().token_weights(keys, values, fitted, one.positions, queries, None)
+    for a, b in zip(whole, parts, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4)
