@@ -17,6 +17,9 @@ from kvtool.kernels.fragments import fragments, key_operand, load_table, load_un
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
 @triton.jit(do_not_specialize=["splits"])
 def decode(
     QUERY,  # int8 [programs, groups, 2*ROWS, 32], high and low bytes in tiles of 8 + 8 rows
@@ -30,7 +33,7 @@ def decode(
     VALUE_TABLE,
     PAGES,  # int32 [B], pages in use
     PAGE_TABLE,  # int32 [B, capacity] or unused
-    BIAS,  # float32 [programs, ROWS, T], added to the logits in units of log2, or unused
+    BIAS,  # float32 [programs, ROWS, T], added to the logits before the cap, or unused
     OUT,  # float32 [programs, splits, ROWS, 32*groups]
     LSE,  # float32 [programs, splits, ROWS], log2
     splits,
@@ -121,15 +124,14 @@ def decode(
         x = (high * 128 + low).to(tl.float32) * k[:, None, :]
         # an absent page must neither touch the maximum nor weigh anything, even before any page was seen
         absent = tl.where(used, 0.0, -2e30)
-        if CAPPED:
-            # tanh z = 1 - 2 / (e^2z + 1), in units of log2
-            x = softcap * (1 - 2 / (tl.exp2(x * (scale * 2.8853900817779268 / softcap)) + 1))
-        else:
-            x = x * scale
+        x = x * scale
         if BIASED:
             token = (page * 64 + tl.arange(0, 64)[None, :])[:, None, :]
             biases = BIAS + (program.to(tl.int64) * ROWS + rows)[None, :, None] * bias_row + token
-            x += tl.load(biases, mask=used[:, :, None] & (rows >= 0)[None, :, None] & (token >= 0), other=0.0)
+            x += LOG2E * tl.load(biases, mask=used[:, :, None] & (rows >= 0)[None, :, None] & (token >= 0), other=0.0)
+        if CAPPED:
+            # tanh z = 1 - 2 / (e^2z + 1), in units of log2
+            x = softcap * (1 - 2 / (tl.exp2(x * (2.8853900817779268 / softcap)) + 1))
         new_m = tl.maximum(m, tl.max(x, 2) + absent)
         new_u = tl.maximum(u, tl.max(v, 1))
         shrink = tl.exp2(m - new_m)

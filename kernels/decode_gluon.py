@@ -29,6 +29,7 @@ TOKENS = gl.constexpr(
 LINEAR3 = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
 LINEAR2 = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
+LOG2E = gl.constexpr(1.4426950408889634)
 TURN = gl.constexpr(
     # two weights + 128 -> bytes (high, high', low, low'); turn around; bytes in the order of tokens
     "{ .reg .b32 t; prmt.b32 t, $1, $2, 0x4051; xor.b32 t, t, 0x80800000;"
@@ -166,15 +167,17 @@ def decode(
         if RAW:
             x = x * _raw_unit(PER_TOKEN)[:, :, None] + offset
         x = x * k[:, :, None]
-        if CAPPED:
-            x = softcap * (1 - 2 / (gl.exp2(x * (scale * 2.8853900817779268 / softcap)) + 1))
-        else:
-            x = x * scale
+        x = x * scale
         if BIASED:
             token = step * 64 + gl.arange(0, 4, PER_WARP)[:, None] * 64
             token += gl.arange(0, 64, gl.SliceLayout(0, PER_TOKEN))[None, :]
             biases = BIAS + (program.to(gl.int64) * ROWS + rows)[None, :][:, None, :] * bias_row + token[:, :, None]
-            x += gl.load(biases, mask=(token[:, :, None] < last * 64) & (rows >= 0)[None, :][:, None, :], other=0.0)
+            x += LOG2E * gl.load(
+                biases, mask=(token[:, :, None] < last * 64) & (rows >= 0)[None, :][:, None, :], other=0.0
+            )
+        if CAPPED:
+            # tanh z = 1 - 2 / (e^2z + 1), in units of log2
+            x = softcap * (1 - 2 / (gl.exp2(x * (2.8853900817779268 / softcap)) + 1))
         absent = gl.where(step + mine < last, 0.0, -2e30)
         absent = gl.convert_layout(absent, gl.SliceLayout(1, PER_ROW), assert_trivial=True)[:, None]
         new_m = gl.maximum(m, gl.max(x, 1) + absent)

@@ -10,7 +10,7 @@ Levels are bytes minus a constant, ``OFFSET[width]``:
     2, 3 bits table of 4 or 8 signed bytes, offset 0
     4 bits    table of 16 bytes 0..127, offset 63.5: a selector nibble above 7 makes ``prmt`` replicate the sign of
               the chosen byte, which is 0, so two half tables are joined by OR
-    8 bits    code - 128, offset 0
+    8 bits    code - 128, offset -1/2: level code - 127.5
 
 The grids are alike in size, so that groups of different widths can share one 16-bit query. Where all groups have one
 bit, it need not even be moved: in raw form the byte of slot s is 2^s times the bit (keys) or 4^(s >> 1) times (values),
@@ -20,7 +20,7 @@ and whoever multiplies by a scale anyhow divides it out.
 import triton
 import triton.language as tl
 
-OFFSET = {0: 0.0, 1: 32.0, 2: 0.0, 3: 0.0, 4: 63.5, 8: 0.0}
+OFFSET = {0: 0.0, 1: 32.0, 2: 0.0, 3: 0.0, 4: 63.5, 8: -0.5}
 RAW_KEYS, RAW_VALUES = tl.constexpr(1), tl.constexpr(2)
 TABLE_WORDS = 8  # words 0-3: 16 levels of 4 bits; 4-5: 8 levels of 3 bits; 6: 4 levels of 2 bits
 

@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 from kvtool.kernels import decode
 from kvtool.kernels.fragments import OFFSET, TABLE_WORDS
@@ -47,7 +48,7 @@ class Codec:
 
     key_map: float32 [H or 1, D, 32*groups].  value_map: float32 [H or 1, 32*groups, D].
     key_levels, value_levels: int8 [2^width] for the widths 2, 3 and 4 in use; those of 4 bits are odd (2u - 127).
-        Width 1 has levels -1 and 1, width 8 has code - 128.
+        Width 1 has levels -1 and 1, width 8 has code - 127.5.
     """
 
     key_widths: tuple[int, ...]
@@ -105,13 +106,14 @@ def _per_channel(values: Mapping[int, float], widths: Sequence[int]) -> Tensor:
 class Launch:
     """How a decode is cut up. The defaults are for the H100; see docs/kernels.md for the measurements.
 
-    gluon: which of the two kernels.  splits: programs per KV head, or None for one resident wave.
-    stages: steps of pages in flight.  pdl: programmatic dependent launch, compute capability 9.0 and up.
+    gluon: which of the two kernels.  splits: programs per KV head, None for one resident wave.
+    stages: steps of pages in flight, None for the measured best.
+    pdl: programmatic dependent launch, compute capability 9.0 and up.
     """
 
     gluon: bool = False
     splits: int | None = None
-    stages: int = 3
+    stages: int | None = None
     warps: int = 4
     pdl: bool = False
 
@@ -132,7 +134,7 @@ def attend_packed(
 
     pages: int32 [B] on the device, pages in use; default: all.
     page_table: int32 [B, N] on the device, where page n of sequence b is.
-    bias: [B, HQ, S, 64*N], added to the scaled (and capped) logits.
+    bias: [B, HQ, S, 64*N], added to the scaled logits before they are capped.
 
     Raises:
         BackendError: a shape, dtype or device the kernels do not serve.
@@ -147,7 +149,8 @@ def attend_packed(
     blocks = -(-used_rows // ROWS)
     programs = B * H * blocks
     capacity = (kv.key_pages if page_table is None else page_table[:, None]).shape[2]
-    splits = launch.splits or _splits(programs, capacity, codec, launch, device)
+    stages, wave = _residency(codec, launch, ROWS, device)
+    splits = launch.splits or max(1, min(wave // programs, -(-capacity // (2 * launch.warps))))
     if pages is None:
         pages = _full(B, capacity, device)
 
@@ -199,7 +202,7 @@ def attend_packed(
         "PAGED": page_table is not None,
         "BIASED": bias is not None,
         "CAPPED": softcap is not None,
-        "STAGES": launch.stages,
+        "STAGES": stages,
         "PDL": launch.pdl,
         "num_warps": launch.warps,
     }
@@ -306,12 +309,13 @@ def _rows(used: int, gluon: bool) -> int:
     return next((rows for rows in tiles if used <= rows), tiles[-1])
 
 
-def _splits(programs: int, pages: int, codec: Codec, launch: Launch, device: torch.device) -> int:
-    """One resident wave of programs, each with at least two pages per warp."""
-    page = packing.page_bytes(codec.key_widths) + packing.page_bytes(codec.value_widths) + 256
-    resident = max(1, min(4, 220_000 // (launch.stages * launch.warps * page + 4096)))
-    wave = resident * _processors(device)
-    return max(1, min(wave // programs, -(-pages // (2 * launch.warps))))
+def _residency(codec: Codec, launch: Launch, rows: int, device: torch.device) -> tuple[int, int]:
+    """Stages, and how many programs a device holds at once: measured on the H100, docs/kernels.md."""
+    page = packing.page_bytes(codec.key_widths) + packing.page_bytes(codec.value_widths) + 4 * packing.PAGE
+    stages = launch.stages or (4 if launch.gluon and 3000 < page < 7000 else 3)
+    registers = (6 if rows <= 4 else 4) if launch.gluon else 3
+    resident = max(1, min(registers, 220_000 // (stages * launch.warps * page)))
+    return stages, resident * _processors(device)
 
 
 def _starts(widths: Sequence[int]) -> tuple[int, ...]:
@@ -319,10 +323,8 @@ def _starts(widths: Sequence[int]) -> tuple[int, ...]:
 
 
 def _bias_rows(bias: Tensor, B: int, H: int, used: int, rows: int) -> Tensor:
-    grouped = bias.expand(B, *bias.shape[1:]).reshape(B, H, used, -1)
-    padded = grouped.new_zeros(B, H, rows, grouped.shape[-1], dtype=torch.float32)
-    padded[:, :, :used] = grouped * LOG2E
-    return padded
+    grouped = bias.expand(B, *bias.shape[1:]).reshape(B, H, used, -1).float()
+    return grouped.contiguous() if used == rows else F.pad(grouped, (0, 0, 0, rows - used))
 
 
 @lru_cache(maxsize=64)

@@ -7,7 +7,7 @@ from kvtool.kernels.packed import Codec, Packed
 from torch import Tensor
 
 from kvtool import packing
-from kvtool.attention import Attended, attend
+from kvtool.attention import Attended, attend, logits
 
 
 def reference(
@@ -24,22 +24,10 @@ def reference(
     turned = queries.double() @ codec.key_map.double().expand(H, D, dims).repeat_interleave(group, 0)
     if bias is None:
         return attend(turned, keys, values, scale=scale, softcap=softcap)
-    parts = [
-        # every query row has a bias of its own
-        attend(
-            turned[:, i, None, j, None],
-            keys[:, i // group, None],
-            values[:, i // group, None],
-            bias[:, i, j, None].double(),
-            scale=scale,
-            softcap=softcap,
-        )
-        for i in range(queries.shape[1])
-        for j in range(queries.shape[2])
-    ]
-    shape = queries.shape[:3]
-    out = torch.stack([part.out for part in parts], 1).reshape(*shape, -1)
-    return Attended(out, torch.stack([part.lse for part in parts], 1).reshape(shape))
+    scores = logits(turned, keys, scale=scale).flatten(1, 2) + bias.double()  # [B, HQ, S, T]
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    return Attended(scores.softmax(-1) @ values.repeat_interleave(group, 1), scores.logsumexp(-1))
 
 
 def decoded_levels(levels: Mapping[int, Tensor], width: int) -> Tensor:
@@ -47,7 +35,7 @@ def decoded_levels(levels: Mapping[int, Tensor], width: int) -> Tensor:
     if width in (2, 3, 4):
         return levels[width].float()
     codes = torch.arange(1 << width, dtype=torch.float32)
-    return {0: 0 * codes, 1: 2 * codes - 1, 8: codes - 128}[width]
+    return {0: 0 * codes, 1: 2 * codes - 1, 8: codes - 127.5}[width]
 
 
 def _decoded(codes: Tensor, scales: Tensor, levels: Mapping[int, Tensor], widths: Sequence[int]) -> Tensor:

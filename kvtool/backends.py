@@ -18,6 +18,9 @@ BACKENDS = ("auto", "reference", "triton", "gluon")
 class Kernel(Protocol):
     """``kernels/<method>.py`` offers ``attend`` with the reference's signature and ``method`` for ``self``."""
 
+    def refuses(self, method: Method) -> str | None:
+        """Why these options of the method have no kernel; None if they have one."""
+
     def attend(
         self,
         method: Method,
@@ -80,6 +83,12 @@ def choose_backend(name: str, method: Method, device: torch.device) -> Backend:
     if device.type != "cuda":
         raise BackendError(f"--backend {name}: kernels need a GPU, found {device.type}; use --backend reference")
     kernel: Any = import_module(f"kvtool.kernels.{method.name}")
+    reason = kernel.refuses(method)
+    if reason and name == "auto":
+        return Backend("reference")
+    if reason:
+        raise BackendError(f"--backend {name}: {reason}; use --backend reference")
     if name == "auto":
-        name = "triton"
+        # measured on Hopper; elsewhere the portable kernel is the safe choice
+        name = "gluon" if torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0) else "triton"
     return Backend(name, kernel)

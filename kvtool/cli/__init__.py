@@ -28,6 +28,7 @@ COMMANDS = (
     ("verify-bound", "kvtool.cli.verify_bound", "verify_bound", "The job, in order"),
     ("generate", "kvtool.cli.generate", "generate", "The job, in order"),
     ("eval", "kvtool.cli.evaluate", "evaluate", "The job, in order"),
+    ("bench", "kvtool.cli.bench", "bench", "Look"),
     ("inspect", "kvtool.cli.inspect", "inspect", "Look"),
     ("methods", "kvtool.cli.methods", "methods", "Look"),
 )

@@ -1,0 +1,95 @@
+"""The logits of a removed key mean: q . R(n) m for every position n, without reading any key.
+
+In the pairs of the rotary embedding (channels c and c + R/2) this is a trigonometric polynomial,
+
+    q . R(n) m = sum_c  a_c cos(n t_c) + b_c sin(n t_c)      a = q1 m1 + q2 m2,  b = q2 m1 - q1 m2
+
+so a page that begins at n = 64p needs a and b turned once by the angle 64 p t, and then one product with the table
+of cos(r t), sin(r t), r < 64, which all pages share.
+"""
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvtool import packing
+from kvtool.shapes import Rope
+
+
+def mean_logits(queries: Tensor, mean: Tensor, rope: Rope, positions: Tensor, scale: float) -> Tensor:
+    """``scale`` * q . R(n) m, float32 [B, HQ, S, T], for ``queries`` [B, HQ, S, D], ``mean`` [H, D], ``positions`` [T].
+
+    Positions are consecutive and T is a multiple of 64. Channels beyond the rotary width add the same to all logits.
+    """
+    B, HQ, S, _ = queries.shape
+    H, T = mean.shape[0], len(positions)
+    half = len(rope.inv_freq)
+    q = (scale * queries.float()).reshape(B, H, -1, queries.shape[-1])
+    m = mean[:, None].float()
+    q1, q2, rest = q[..., :half], q[..., half : 2 * half], (q * m)[..., 2 * half :].sum(-1)
+    m1, m2 = m[..., :half], m[..., half : 2 * half]
+    a, b = q1 * m1 + q2 * m2, q2 * m1 - q1 * m2  # [B, H, rows, half]
+    rows = a.shape[2]
+    start_cos, start_sin = rope.table(positions[:: packing.PAGE])
+    step_cos, step_sin = _steps(rope, queries.device)
+    out = torch.empty(B, H, rows, T, dtype=torch.float32, device=queries.device)
+    _polynomial[(B * H, triton.cdiv(rows, 16), T // packing.PAGE)](
+        a.contiguous(),
+        b.contiguous(),
+        rest.contiguous(),
+        start_cos.contiguous(),
+        start_sin.contiguous(),
+        step_cos,
+        step_sin,
+        out,
+        rows,
+        T,
+        HALF=half,
+        BLOCK=triton.next_power_of_2(half),
+    )
+    return out.reshape(B, HQ, S, T)
+
+
+@lru_cache(maxsize=16)
+def _steps(rope: Rope, device: torch.device) -> tuple[Tensor, Tensor]:
+    cos, sin = Rope(inv_freq=rope.inv_freq).table(torch.arange(packing.PAGE))
+    return cos.to(device).contiguous(), sin.to(device).contiguous()
+
+
+@triton.jit
+def _polynomial(
+    A,  # float32 [B*H, rows, HALF]
+    B,
+    REST,  # float32 [B*H, rows]
+    START_COS,  # float32 [pages, HALF]
+    START_SIN,
+    STEP_COS,  # float32 [64, HALF]
+    STEP_SIN,
+    OUT,  # float32 [B*H, rows, T]
+    rows,
+    T,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    head, page = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    row = tl.program_id(1) * 16 + tl.arange(0, 16)
+    c = tl.arange(0, BLOCK)
+    r = tl.arange(0, 64)
+    at = (head * rows + row)[:, None] * HALF + c[None, :]
+    live = (row < rows)[:, None] & (c < HALF)[None, :]
+    a, b = tl.load(A + at, mask=live, other=0.0), tl.load(B + at, mask=live, other=0.0)
+    cos = tl.load(START_COS + page * HALF + c, mask=c < HALF, other=0.0)[None, :]
+    sin = tl.load(START_SIN + page * HALF + c, mask=c < HALF, other=0.0)[None, :]
+    table = r[None, :] * HALF + c[:, None]
+    inside = (c < HALF)[:, None] & (r >= 0)[None, :]
+    step_cos = tl.load(STEP_COS + table, mask=inside, other=0.0)
+    step_sin = tl.load(STEP_SIN + table, mask=inside, other=0.0)
+    # tf32 alone would cost 1e-3 of a logit
+    logits = tl.dot(a * cos + b * sin, step_cos, input_precision="ieee")
+    logits += tl.dot(b * cos - a * sin, step_sin, input_precision="ieee")
+    logits += tl.load(REST + head * rows + row, mask=row < rows, other=0.0)[:, None]
+    to = OUT + (head * rows + row)[:, None] * T + page * 64 + r[None, :]
+    tl.store(to, logits, mask=(row < rows)[:, None] & (r >= 0)[None, :])

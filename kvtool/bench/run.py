@@ -1,0 +1,205 @@
+"""The benchmark itself: check the numerics, then time compressed and full attention side by side at every length."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvtool import packing
+from kvtool.attention import relative_error
+from kvtool.backends import Backend, choose_backend
+from kvtool.bench.machine import CARDS, machine
+from kvtool.bench.subject import Subject
+from kvtool.bench.timing import Timing, bandwidth, copies_needed, time_step
+from kvtool.errors import BackendError
+
+BASELINES = ("flash", "cudnn", "efficient", "math")
+WRONG = 3e-3  # relative L2 error of the output beyond which nothing is timed
+CPU_BYTES = 16 << 20  # of the full cache, what a CPU is asked to read in one step
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure. ``contexts`` in tokens; ``baselines`` from BASELINES."""
+
+    contexts: Sequence[int]
+    batches: Sequence[int] = (1,)
+    baselines: Sequence[str] = ("flash", "cudnn")
+    backend: str = "auto"
+
+
+def bench(subject: Subject, request: Request, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Records in order: ``machine``, one ``step`` per context and batch, ``crossover``; on a CPU also ``predicted``.
+
+    Raises:
+        BackendError: the back end cannot run, or its output is wrong.
+    """
+    subject = subject.to(device)
+    backend = choose_backend(request.backend, subject.method, device)
+    measured = bandwidth(device)
+    yield {
+        "record": "machine",
+        **machine(device),
+        "subject": subject.origin,
+        "backend": backend.name,
+        "copy_bytes_per_s": measured["copy"],
+        "read_bytes_per_s": measured["read"],
+        "bytes_per_token": subject.bytes_per_token,
+        "full_bytes_per_token": subject.full_bytes_per_token,
+    }
+    error = check_numerics(subject, backend, device)
+    wins: list[int] = []
+    steps = 0
+    for batch in request.batches:
+        for context in _held(subject, request.contexts, batch, device):
+            record = _step(subject, backend, context, batch, request.baselines, device, measured["read"])
+            yield record | {"relative_error": error}
+            if "ms" in record:
+                steps += 1
+                if record["speedup"] is not None and record["speedup"] >= 1 and batch == request.batches[0]:
+                    wins.append(record["tokens"])
+    yield {"record": "crossover", "batch": request.batches[0], "tokens": min(wins, default=None), "measured": steps}
+    if device.type == "cpu":
+        yield from _predictions(subject, request)
+
+
+def _held(subject: Subject, contexts: Sequence[int], batch: int, device: torch.device) -> list[int]:
+    """The lengths that are run: all on a GPU, on a CPU those that it can hold and read in reasonable time."""
+    if device.type != "cpu":
+        return list(contexts)
+    longest = max(packing.PAGE, CPU_BYTES // (subject.full_bytes_per_token * batch))
+    return sorted({min(context, longest) for context in contexts})
+
+
+def check_numerics(subject: Subject, backend: Backend, device: torch.device) -> float:
+    """Relative L2 error of the back end against float64 attention over the same compressed cache.
+
+    Raises:
+        BackendError: more than 3e-3: a fast wrong answer is not timed.
+    """
+    worst = 0.0
+    for tokens in (64, 1088):  # one page, and 17 of them: no power of two
+        kv = subject.cache(tokens, 2, device)
+        positions = torch.arange(tokens, device=device)
+        queries = subject.queries(2, device).float()
+        found = _attend(subject, backend, queries, kv, positions)
+        keys, values, bias = subject.method.decompress(kv, subject.layer, positions=positions)
+        group = subject.shape.group
+        scores = queries.double() @ keys.double().repeat_interleave(group, 1).mT * subject.shape.scale
+        if subject.shape.softcap is not None:
+            scores = subject.shape.softcap * torch.tanh(scores / subject.shape.softcap)
+        if bias is not None:
+            scores = scores + bias.double().repeat_interleave(group, 1)[:, :, None]
+        exact = scores.softmax(-1) @ values.double().repeat_interleave(group, 1)
+        worst = max(worst, float(relative_error(found, exact)))
+    if not worst <= WRONG:
+        raise BackendError(
+            f"backend {backend.name}: expected a relative error of at most {WRONG:g} against float64, "
+            f"found {worst:.2g}; nothing was timed: please report this"
+        )
+    return worst
+
+
+def _attend(subject: Subject, backend: Backend, queries: Tensor, kv: Any, positions: Tensor) -> Tensor:
+    shape = subject.shape
+    return backend.attend(
+        subject.method, queries, kv, subject.layer, positions=positions, scale=shape.scale, softcap=shape.softcap
+    ).out
+
+
+def _step(
+    subject: Subject,
+    backend: Backend,
+    context: int,
+    batch: int,
+    baselines: Sequence[str],
+    device: torch.device,
+    read: float,
+) -> dict[str, Any]:
+    tokens = context // packing.PAGE * packing.PAGE  # the tokens of the last page are in the exact window
+    size = int(subject.bytes_per_token * tokens * batch)
+    full = subject.full_bytes_per_token * context * batch
+    record = {"record": "step", "context": context, "tokens": tokens, "batch": batch, "bytes": size, "full_bytes": full}
+    if tokens == 0:
+        return record | {"not_run": f"shorter than one page of {packing.PAGE} tokens"}
+    with torch.inference_mode():
+        ours = _time_compressed(subject, backend, tokens, batch, size, device)
+        theirs = {name: _time_full(subject, context, batch, name, device) for name in _baselines(baselines, device)}
+    times = {name: timing.ms for name, timing in theirs.items() if timing}
+    best = min(times.values(), default=None)
+    return record | {
+        "ms": ours.ms,
+        "spread_ms": ours.spread,
+        "bytes_per_s": size / ours.ms * 1e3,
+        "of_read_bandwidth": size / ours.ms * 1e3 / read,
+        "baselines_ms": {name: timing and timing.ms for name, timing in theirs.items()},
+        "speedup": best and best / ours.ms,
+    }
+
+
+def _time_compressed(
+    subject: Subject, backend: Backend, tokens: int, batch: int, size: int, device: torch.device
+) -> Timing:
+    copies = copies_needed(size, device)
+    first = subject.cache(tokens, batch, device)
+    caches = [first, *(type(first)(*(_clone(field) for field in first)) for _ in range(copies - 1))]
+    positions = torch.arange(tokens, device=device)
+    queries = subject.queries(batch, device)
+    return time_step(lambda i: _attend(subject, backend, queries, caches[i], positions), copies, device)
+
+
+def _clone(field: Any) -> Any:
+    return field.clone() if isinstance(field, Tensor) else field
+
+
+def _baselines(wanted: Sequence[str], device: torch.device) -> Sequence[str]:
+    return wanted if device.type == "cuda" else ("math",)
+
+
+def _time_full(subject: Subject, context: int, batch: int, name: str, device: torch.device) -> Timing | None:
+    """torch's attention over the full bfloat16 cache; None where this back end refuses the shape."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    which = {
+        "flash": SDPBackend.FLASH_ATTENTION,
+        "cudnn": SDPBackend.CUDNN_ATTENTION,
+        "efficient": SDPBackend.EFFICIENT_ATTENTION,
+        "math": SDPBackend.MATH,
+    }[name]
+    shape = subject.shape
+    copies = copies_needed(subject.full_bytes_per_token * context * batch, device)
+    dims = (batch, shape.num_kv_heads, context, shape.head_dim)
+    caches = [[torch.randn(dims, dtype=torch.bfloat16, device=device) for _ in range(2)] for _ in range(copies)]
+    queries = subject.queries(batch, device)
+
+    def step(i: int) -> Tensor:
+        with sdpa_kernel(which):
+            keys, values = caches[i]
+            return F.scaled_dot_product_attention(queries, keys, values, scale=shape.scale, enable_gqa=True)
+
+    try:
+        return time_step(step, copies, device)
+    except RuntimeError as error:
+        if "No available kernel" in str(error) or "execution plan" in str(error):
+            return None
+        raise
+
+
+def _predictions(subject: Subject, request: Request) -> Iterator[dict[str, Any]]:
+    for batch in request.batches:
+        for context in request.contexts:
+            yield {
+                "record": "predicted",
+                "context": context,
+                "batch": batch,
+                "floor_ms": {
+                    card: {
+                        "compressed": 1e3 * subject.bytes_per_token * context * batch / rate,
+                        "full": 1e3 * subject.full_bytes_per_token * context * batch / rate,
+                    }
+                    for card, rate in CARDS.items()
+                },
+            }

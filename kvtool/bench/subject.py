@@ -1,0 +1,125 @@
+"""What is benchmarked: one layer's shape, a method fitted to it, and pages that look like the method's own."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvtool import packing
+from kvtool.calibration import Calibration
+from kvtool.errors import InputError
+from kvtool.methods import make_method
+from kvtool.methods.base import LayerCalibration, Method, nbytes
+from kvtool.shapes import LayerKind, LayerShape
+
+_SAMPLE = 4096  # tokens compressed once; longer caches repeat them
+
+
+def _shape(heads: int, kv_heads: int, head_dim: int) -> LayerShape:
+    return LayerShape(
+        kind=LayerKind.FULL, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, scale=head_dim**-0.5
+    )
+
+
+MODEL_SHAPES = {
+    "llama-3.1-8b": _shape(32, 8, 128),
+    "llama-3.1-70b": _shape(64, 8, 128),
+    "llama-3.2-1b": _shape(32, 8, 64),
+    "mistral-7b": _shape(32, 8, 128),
+    "qwen2.5-7b": _shape(28, 4, 128),
+    "qwen3-8b": _shape(32, 8, 128),
+    "gemma-3-4b": _shape(8, 4, 256),
+    "smollm2-135m": _shape(9, 3, 64),
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One compressed layer; ``origin`` says where it comes from."""
+
+    method: Method
+    layer: LayerCalibration
+    origin: str
+
+    @property
+    def shape(self) -> LayerShape:
+        """The layer's heads and widths."""
+        return self.layer.shape
+
+    def to(self, device: torch.device) -> "Subject":
+        """The same with its tensors on ``device``."""
+        tensors = {name: tensor.to(device) for name, tensor in self.layer.tensors.items()}
+        layer = LayerCalibration(self.layer.index, self.layer.shape, self.layer.rope, tensors)
+        return Subject(self.method, layer, self.origin)
+
+    def random(self, tokens: int, batch: int, device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, T, D] float32, of unit variance."""
+        generator = torch.Generator(device).manual_seed(seed)
+        dims = (batch, self.shape.num_kv_heads, tokens, self.shape.head_dim)
+        keys, values = (torch.randn(dims, generator=generator, device=device) for _ in range(2))
+        return keys, values
+
+    def queries(self, batch: int, device: torch.device, seed: int = 1) -> Tensor:
+        """One query token [B, HQ, 1, D] bfloat16; logits have a standard deviation near 1.5."""
+        generator = torch.Generator(device).manual_seed(seed)
+        dims = (batch, self.shape.num_heads, 1, self.shape.head_dim)
+        scale = 1.5 / (self.shape.scale * self.shape.head_dim**0.5)
+        return (scale * torch.randn(dims, generator=generator, device=device)).to(torch.bfloat16)
+
+    def cache(self, tokens: int, batch: int, device: torch.device, seed: int = 0) -> Any:
+        """A compressed cache of ``tokens``, whole pages; beyond a sample of 4096 tokens its pages repeat."""
+        sample = min(tokens, _SAMPLE)
+        positions = torch.arange(sample, device=device)
+        keys, values = self.random(sample, 1, device, seed)
+        kv, _ = self.method.compress(keys, values, self.layer, positions=positions)
+        if self.method.block is None or tokens % packing.PAGE:
+            raise InputError(f"{self.method.name} at {tokens} tokens: bench needs a method of pages, and whole pages")
+        return type(kv)(*(_repeat(field, tokens, sample, batch) for field in kv))
+
+    @cached_property
+    def bytes_per_token(self) -> float:
+        """Bytes of one layer per token and sequence, measured on a compressed sample."""
+        tokens = 4 * packing.PAGE
+        return nbytes(self.cache(tokens, 1, torch.device("cpu"))) / tokens
+
+    @property
+    def full_bytes_per_token(self) -> int:
+        """The same for keys and values in bfloat16."""
+        return 4 * self.shape.num_kv_heads * self.shape.head_dim
+
+
+def subject_of(calibration: Calibration, origin: str) -> Subject:
+    """The first compressed layer of an artifact."""
+    kept = [i for i in calibration.shape.compressible if i not in calibration.policy.exact_layers]
+    if not kept:
+        raise InputError(f"{origin}: expected a layer that is compressed, found none; calibrate again")
+    return Subject(calibration.method, calibration.layer(kept[0]), f"{origin}, layer {kept[0]}")
+
+
+def default_subject(model_shape: str, bits: int) -> Subject:
+    """Data-free turboquant at ``bits``, fitted to nothing, in the shape of a known model."""
+    if model_shape not in MODEL_SHAPES:
+        raise InputError(f"--model-shape {model_shape}: expected one of {', '.join(MODEL_SHAPES)}")
+    options = {"k_bits": bits, "v_bits": bits, "codebook": "sphere", "mean": "none", "outliers": "first"}
+    method = make_method("turboquant", options, where="--bits")
+    shape = MODEL_SHAPES[model_shape]
+    tensors = method.fit_layer(shape, None, _no_samples(), layer=0)
+    return Subject(
+        method, LayerCalibration(0, shape, None, tensors), f"data-free turboquant at {bits} bits, {model_shape}"
+    )
+
+
+def _no_samples() -> Iterator[Any]:
+    yield from ()
+
+
+def _repeat(field: Any, tokens: int, sample: int, batch: int) -> Any:
+    if not isinstance(field, Tensor):
+        return field
+    per_token = field.shape[2] / sample
+    times = -(-tokens // sample)
+    repeated = field.repeat(batch, 1, times, *(1 for _ in field.shape[3:]))
+    return repeated[:, :, : int(tokens * per_token)].contiguous()

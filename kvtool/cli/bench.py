@@ -1,0 +1,169 @@
+"""``kvtool bench``: how fast a decode step is from the compressed cache, against the full one."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from kvtool.cli.output import emit, talk
+from kvtool.units import format_bytes, format_tokens, parse_tokens
+
+
+def bench(
+    context: Annotated[str, typer.Option(help="Tokens in the cache, or several: 4k,128k.")] = "128k",
+    ladder: Annotated[str | None, typer.Option(help="Lengths by doubling, 4k..128k, each also 1 % longer.")] = None,
+    batch: Annotated[str, typer.Option(help="Sequences decoded together, or several: 1,4,8.")] = "1",
+    model_shape: Annotated[
+        str | None, typer.Option(help="Bench a known model's shape with data-free turboquant.")
+    ] = None,
+    bits: Annotated[int, typer.Option(help="Bits with --model-shape: 1, 2, 3, 4 or 8.")] = 4,
+    calibration: Annotated[
+        Path | None, typer.Option(help="An artifact. Default: the newest, else llama-3.1-8b.")
+    ] = None,
+    baseline: Annotated[str, typer.Option(help="Full-cache attention to compare with: flash, cudnn, efficient.")] = (
+        "flash,cudnn"
+    ),
+    backend: Annotated[str, typer.Option(help="auto, reference, triton or gluon.")] = "auto",
+    device: Annotated[str, typer.Option(help="cuda, cpu, or auto: a GPU where there is one.")] = "auto",
+    fail_if_slower_than: Annotated[
+        float | None, typer.Option(help="Exit 1 unless every step measured is at least this many times as fast.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per record.")] = False,
+) -> None:
+    """Time one layer's decode attention from the compressed cache against the full cache; wrong code is not timed.
+
+    Example: `kvtool bench --ladder 4k..128k --batch 1,4`
+    """
+    import torch
+
+    from kvtool.bench import Request, bench
+
+    subject = _subject(model_shape, bits, calibration)
+    chosen = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
+    contexts = _ladder(ladder) if ladder else [parse_tokens(part) for part in context.split(",")]
+    request = Request(contexts, [_batch(part) for part in batch.split(",")], _baselines(baseline), backend)
+    talk.print(f"bench: {subject.origin}, on {chosen.type}")
+    records = []
+    for record in bench(subject, request, chosen):
+        records.append(record)
+        if record["record"] == "step" and "ms" in record:
+            talk.print(f"  {format_tokens(record['context'])} x {record['batch']}: {record['ms']:.3g} ms")
+    emit(records, lambda: Group(*_tables(records)), as_json=as_json)
+    if chosen.type == "cpu":
+        asked = ", ".join(format_tokens(length) for length in contexts)
+        talk.print(
+            f"not run: the kernels, and {asked} tokens where a CPU cannot hold them; what was timed is the torch "
+            "reference on this CPU, and the floors of named cards are bytes over bandwidth, not measurements"
+        )
+    _gate(records, fail_if_slower_than)
+
+
+def _subject(model_shape: str | None, bits: int, calibration: Path | None) -> Any:
+    from kvtool import home
+    from kvtool.bench import default_subject, subject_of
+    from kvtool.calibration import Calibration
+    from kvtool.errors import InputError
+
+    if model_shape:
+        return default_subject(model_shape, bits)
+    if calibration is None:
+        try:
+            calibration = home.newest("calibration", "kvtool calibrate")
+        except InputError:
+            return default_subject("llama-3.1-8b", bits)
+    return subject_of(Calibration.load(calibration), str(calibration))
+
+
+def _ladder(text: str) -> list[int]:
+    from kvtool.errors import InputError
+
+    first, dots, last = text.partition("..")
+    if not dots:
+        raise InputError(f"--ladder {text}: expected two lengths such as 4k..128k")
+    length, longest = parse_tokens(first), parse_tokens(last)
+    lengths = []
+    while length <= longest:
+        # attention is easiest at powers of two; a real context is not one
+        lengths += [length, length + length // 100 + 1]
+        length *= 2
+    return lengths
+
+
+def _batch(text: str) -> int:
+    from kvtool.errors import InputError
+
+    if not text.strip().isdigit() or int(text) < 1:
+        raise InputError(f"--batch {text}: expected positive numbers such as 1,4,8")
+    return int(text)
+
+
+def _baselines(text: str) -> list[str]:
+    from kvtool.bench.run import BASELINES
+    from kvtool.errors import InputError
+
+    names = [name.strip() for name in text.split(",")]
+    unknown = [name for name in names if name not in BASELINES]
+    if unknown:
+        raise InputError(f"--baseline {unknown[0]}: expected some of {', '.join(BASELINES)}")
+    return names
+
+
+def _gate(records: list[dict[str, Any]], limit: float | None) -> None:
+    if limit is None:
+        return
+    speedups = [record["speedup"] for record in records if record.get("speedup") is not None]
+    if not speedups or min(speedups) < limit:
+        found = f"{min(speedups):.2f}" if speedups else "nothing measured"
+        talk.print(f"--fail-if-slower-than {limit:g}: found {found}")
+        raise typer.Exit(1)
+
+
+def _tables(records: list[dict[str, Any]]) -> list[RenderableType]:
+    facts = Table.grid(padding=(0, 2))
+    for name, value in records[0].items():
+        if name.endswith("bytes_per_s"):
+            value = f"{value / 1e9:.0f} GB/s"
+        facts.add_row(name.replace("_", " "), str(value))
+    tables: list[RenderableType] = [facts, _steps([record for record in records if record["record"] == "step"])]
+    crossover = next(record for record in records if record["record"] == "crossover")
+    if crossover["measured"]:
+        where = crossover["tokens"]
+        tables.append(
+            f"compression wins from {format_tokens(where)} tokens" if where else "compression wins at no length"
+        )
+    predicted = [record for record in records if record["record"] == "predicted"]
+    if predicted:
+        tables.append(_floors(predicted))
+    return tables
+
+
+def _steps(steps: list[dict[str, Any]]) -> Table:
+    table = Table(title="one layer, one decode step")
+    names = list(next((step["baselines_ms"] for step in steps if "baselines_ms" in step), {}))
+    for column in ("context", "batch", "bytes", "ms", "+-", "of read", *(f"full, {name}" for name in names), "speedup"):
+        table.add_column(column, justify="right")
+    for step in steps:
+        row = [format_tokens(step["context"]), str(step["batch"]), format_bytes(step["bytes"])]
+        if "ms" not in step:
+            table.add_row(*row, "not run: " + step["not_run"])
+            continue
+        baselines = [f"{ms:.4g}" if ms else "refused" for ms in step["baselines_ms"].values()]
+        speedup = f"{step['speedup']:.2f}" if step["speedup"] else "-"
+        share = f"{step['of_read_bandwidth']:.0%}"
+        table.add_row(*row, f"{step['ms']:.4g}", f"{step['spread_ms']:.2g}", share, *baselines, speedup)
+    return table
+
+
+def _floors(predicted: list[dict[str, Any]]) -> Table:
+    table = Table(
+        title="not measured: ms that reading the bytes takes at the data sheet's bandwidth, compressed / full"
+    )
+    cards = list(predicted[0]["floor_ms"])
+    for column in ("context", "batch", *cards):
+        table.add_column(column, justify="right")
+    for record in predicted:
+        floors = [f"{floor['compressed']:.3g} / {floor['full']:.3g}" for floor in record["floor_ms"].values()]
+        table.add_row(format_tokens(record["context"]), str(record["batch"]), *floors)
+    return table

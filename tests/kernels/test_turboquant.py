@@ -1,0 +1,77 @@
+"""turboquant's kernels attend as turboquant's reference does, calibrated mean included."""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from kvtool.kernels import turboquant as kernels
+from kvtool.kernels.mean import mean_logits
+
+from kvtool.attention import relative_error
+from kvtool.backends import choose_backend
+from kvtool.errors import BackendError
+from kvtool.methods import make_method
+from kvtool.methods.base import LayerCalibration
+from kvtool.shapes import LayerKind, LayerShape, Rope
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ROPE = Rope(inv_freq=tuple(1e4 ** (-i / 32) for i in range(32)), scaling=1.1)
+
+
+def compressed(method, tokens, softcap=None, rope=ROPE):
+    shape = LayerShape(kind=LayerKind.FULL, num_heads=6, num_kv_heads=2, head_dim=64, scale=0.125, softcap=softcap)
+    tensors = replace(method, mean="none").fit_layer(shape, rope, iter(()), layer=0)
+    generator = torch.Generator().manual_seed(0)
+    if method.mean != "none":
+        tensors["key_mean"] = torch.randn(2, 64, generator=generator)
+    layer = LayerCalibration(0, shape, rope, {name: tensor.to(DEVICE) for name, tensor in tensors.items()})
+    keys, values = torch.randn(2, 1, 2, tokens, 64, generator=generator).to(DEVICE)
+    queries = 2 * torch.randn(1, 6, 2, 64, generator=generator).to(DEVICE)
+    positions = torch.arange(4, 4 + tokens, device=DEVICE)
+    kv, _ = method.compress(keys, values, layer, positions=positions)
+    return queries, kv, layer, positions
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"k_bits": 2, "v_bits": 4, "codebook": "sphere", "mean": "rotated"},
+        {"k_bits": 1, "v_bits": 3, "codebook": "sphere", "mean": "channel"},
+        {"k_bits": 8, "v_bits": 1, "codebook": "sphere", "mean": "none"},
+    ],
+)
+def test_kernels_agree_with_the_reference(options):
+    method = make_method("turboquant", options)
+    softcap = 30.0 if options["k_bits"] == 2 else None
+    queries, kv, layer, positions = compressed(method, 128, softcap)
+    exact = method.attend(queries, kv, layer, positions=positions, scale=0.125, softcap=softcap)
+    found = kernels.attend(method, queries, kv, layer, positions=positions, scale=0.125, softcap=softcap)
+    assert relative_error(found.out, exact.out) < 3e-3  # weights of 15 bits
+    assert (found.lse - exact.lse).abs().max() < 2e-3
+
+
+def test_mean_logits_far_from_the_origin():
+    """At a million tokens the angle of a page's first token must come from float64."""
+    generator = torch.Generator().manual_seed(1)
+    queries, mean = torch.randn(1, 6, 1, 80, generator=generator), torch.randn(2, 80, generator=generator)
+    positions = torch.arange(1_000_000, 1_000_000 + 128)
+    found = mean_logits(queries.to(DEVICE), mean.to(DEVICE), ROPE, positions.to(DEVICE), 0.5)
+    turned = ROPE.rotate(mean[:, None].expand(-1, 128, -1), positions)  # [H, T, D]
+    exact = 0.5 * queries.double() @ turned.double().repeat_interleave(3, 0).mT
+    assert (found.cpu().double() - exact).abs().max() < 1e-4  # float32 sums of 80 terms
+
+
+@pytest.mark.parametrize("options", [{"k_bits": 2.5}, {"qjl": "gaussian", "k_bits": 3}])
+def test_options_without_a_kernel_are_refused_by_name(options):
+    assert "turboquant" in kernels.refuses(make_method("turboquant", options))
+
+
+def test_kernels_without_a_gpu_are_refused():
+    with pytest.raises(BackendError, match="need a GPU"):
+        choose_backend("gluon", make_method("turboquant"), torch.device("cpu"))
+    assert choose_backend("auto", make_method("turboquant"), torch.device("cpu")).name == "reference"
