@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kvtool import packing, rotation
 from kvtool.attention import Attended
+from kvtool.kernels.encode import Encoder, encode, encoder
 from kvtool.kernels.mean import mean_logits
 from kvtool.kernels.packed import Codec, Packed, attend_packed, default_launch
 from kvtool.methods.base import LayerCalibration
@@ -74,3 +75,27 @@ def codec_of(method: TurboQuant, layer: LayerCalibration) -> Codec:
         )
         _codecs[key] = (marker, codec)
     return _codecs[key][1]
+
+
+def compress(
+    method: TurboQuant, keys: Tensor, values: Tensor, layer: LayerCalibration, *, positions: Tensor
+) -> TurboQuantKV:
+    """As ``TurboQuant.compress``, one kernel a side: nothing of the size of the cache is kept in between."""
+    key_encoder, value_encoder = encoders(method, layer)
+    mean = None if method.mean == "none" else layer["key_mean"]
+    rope = layer.rope if method.mean == "rotated" else None
+    key_pages, key_scales = encode(keys, key_encoder, keys=True, mean=mean, rope=rope, positions=positions)
+    value_pages, value_scales = encode(values, value_encoder, keys=False)
+    empty = key_pages[..., :0]
+    return TurboQuantKV(key_pages, key_scales, value_pages, value_scales, empty, empty.half())
+
+
+def encoders(method: TurboQuant, layer: LayerCalibration) -> tuple[Encoder, Encoder]:
+    """How keys and values of a layer are encoded."""
+    both = []
+    for side, widths in zip(("key", "value"), method.widths(layer.shape.head_dim), strict=True):
+        missing = packing.GROUP * len(widths) - layer.shape.head_dim
+        matrix = F.pad(rotation.matrix(layer[f"{side}_rotation"]).mT, (0, missing))
+        levels = {widths[0]: layer[f"{side}_levels"]}
+        both.append(encoder(widths, matrix, levels, float(layer[f"{side}_step"]), method.scale))
+    return both[0], both[1]

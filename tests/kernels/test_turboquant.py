@@ -75,3 +75,26 @@ def test_kernels_without_a_gpu_are_refused():
     with pytest.raises(BackendError, match="need a GPU"):
         choose_backend("gluon", make_method("turboquant"), torch.device("cpu"))
     assert choose_backend("auto", make_method("turboquant"), torch.device("cpu")).name == "reference"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"k_bits": 3, "v_bits": 4, "scale": "norm", "mean": "rotated"},
+        {"k_bits": 1, "v_bits": 2, "scale": "unbiased", "mean": "channel"},
+        {"k_bits": 8, "v_bits": 3, "scale": "mse", "mean": "none"},
+    ],
+)
+def test_the_encoder_writes_the_bytes_of_the_reference(options):
+    method = make_method("turboquant", options | {"codebook": "sphere"})
+    _, exact, layer, positions = compressed(method, 128)
+    keys, values = torch.randn(2, 1, 2, 128, 64, generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    exact, _ = method.compress(keys, values, layer, positions=positions)
+    found = kernels.compress(method, keys, values, layer, positions=positions)
+    for name in ("key", "value"):
+        pages, same = getattr(found, f"{name}_pages"), getattr(exact, f"{name}_pages")
+        assert pages.shape == same.shape
+        # float32 sums in another order: a coordinate on a boundary may fall on its other side
+        assert (pages != same).float().mean() < (1e-3 if DEVICE.type == "cpu" else 2e-2)
+        scales, right = getattr(found, f"{name}_scales").float(), getattr(exact, f"{name}_scales").float()
+        assert ((scales - right).abs() <= 2e-3 * right.abs()).all()
