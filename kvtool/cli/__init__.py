@@ -28,7 +28,7 @@ COMMANDS = (
     ("verify-bound", "kvtool.cli.verify_bound", "verify_bound", "The job, in order"),
     ("generate", "kvtool.cli.generate", "generate", "The job, in order"),
     ("eval", "kvtool.cli.evaluate", "evaluate", "The job, in order"),
-    ("bench", "kvtool.cli.bench", "bench", "Look"),
+    ("bench", "kvtool.cli.bench", "bench", "The job, in order"),
     ("inspect", "kvtool.cli.inspect", "inspect", "Look"),
     ("methods", "kvtool.cli.methods", "methods", "Look"),
 )
