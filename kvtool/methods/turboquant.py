@@ -242,4 +242,4 @@ class TurboQuant(Method):
 
 _SOURCE = "arXiv 2504.19874"
 _TINY = torch.finfo(torch.float32).tiny
-_MARGIN = 1.1  # of a claim over what was measured when fitted
+_MARGIN = 1.25  # of a claim over what was measured when fitted: texts differ

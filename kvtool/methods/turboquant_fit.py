@@ -84,9 +84,11 @@ def _distortions(method: "TurboQuant", samples: "Iterable[LayerSample]", layer: 
     sides = [side for side in SIDES if not method.by_theorem(side)]
     errors: dict[str, list[Tensor]] = {side: [] for side in sides}
     for sample in samples if sides else ():
-        T = min(sample.keys.shape[1] // packing.PAGE * packing.PAGE, _MEASURED)
-        x = {"key": sample.keys[None, :, -T:].float(), "value": sample.values[None, :, -T:].float()}
-        positions = sample.positions[-T:]
+        pages = sample.keys.shape[1] // packing.PAGE
+        some = torch.arange(pages)[:: -(-pages // _MEASURED) or 1]  # spread over the text
+        tokens = (some[:, None] * packing.PAGE + torch.arange(packing.PAGE)).flatten()
+        x = {"key": sample.keys[None, :, tokens].float(), "value": sample.values[None, :, tokens].float()}
+        positions = sample.positions[tokens]
         kv, _ = method.compress(x["key"], x["value"], layer, positions=positions)
         found = method.decompress(kv, layer, positions=positions)
         for side, read in zip(SIDES, found[:2], strict=True):
@@ -106,4 +108,4 @@ def _centred(method: "TurboQuant", sample: "LayerSample", layer: LayerCalibratio
 
 _TINY = torch.finfo(torch.float32).tiny
 _BIN = 1 / 256  # of a histogram, in standard deviations of a coordinate
-_MEASURED = 1024  # tokens of each sample whose distortion is claimed
+_MEASURED = 16  # pages of each sample whose distortion is claimed
