@@ -35,7 +35,8 @@ def capture(
     layers: Annotated[str, typer.Option(help="all, or a list such as 0,5-9.")] = "all",
     queries: Annotated[str, typer.Option(help="all, none, or how many per sample, evenly spread.")] = "all",
     dtype: Annotated[
-        str, typer.Option(help="auto (bfloat16), bfloat16, float16 or float32: the model runs and is stored in it.")
+        str,
+        typer.Option(help="bfloat16, float16 or float32, run and stored; auto: the model's own, stored in bfloat16."),
     ] = "auto",
     device: Annotated[str, typer.Option(help="auto (cuda if there is one), cpu, cuda, cuda:1, ...")] = "auto",
     chunk: Annotated[int, typer.Option(min=1, help="Tokens per forward and per shard.")] = 512,
@@ -62,7 +63,7 @@ def capture(
             model,
             revision=revision,
             trust_remote_code=trust_remote_code,
-            dtype="bfloat16" if dtype == "auto" else dtype,
+            dtype=dtype,
             device=device,
         )
     plan = planning.plan(
