@@ -6,7 +6,9 @@ https://arxiv.org/abs/2606.31519 (an unbiased 1-bit estimate of the logits to fi
 Taking top-p of the *estimate* keeps less true mass than asked, for noise fattens its top. So: candidates hold p' > p of
 the softmax, their exact logits are computed, and the smallest set of candidates is kept that holds p of
 
-    Z^ = sum of exp(exact logit) over candidates + 2 * sum of E[exp(logit) | estimate] over the rest.
+    Z^ = sum of exp(exact logit) over candidates + 2 * sum of E[exp(logit) | estimate] over the rest,
+
+the expectation being an upper one (``likely_logits``), so that the *true* mass kept is at least p.
 """
 
 import math
@@ -63,29 +65,30 @@ def select(estimate: Tensor, noise: Tensor | float, exact: Tensor, p: float, sha
     candidates hold, at least ``p``; None: all but a fifth of what may be missing.
     """
     share = 1 - (1 - p) / 5 if share is None else share
-    likely = expected_logits(estimate, noise)
+    likely = likely_logits(estimate, noise)
     candidates = top_p(likely, share)
     if share < 1:
         # the estimate's noise made candidates look heavier than they are: admit more until the rest is light enough
         found = torch.where(candidates, exact, -torch.inf).logsumexp(-1)
         allowed = (found - _peak(likely)).exp() * (1 - share) / share
         candidates = candidates | _heaviest(likely, (likely - _peak(likely)[..., None]).exp().sum(-1) - allowed)
-    # the rest is counted twice over: it is small, and the normal law may be wrong by a factor
+    # the rest is counted twice over: it is small, and what is known of it is a guess
     total = torch.where(candidates, exact, likely + _CAUTION).logsumexp(-1)
     return Selection(top_p(torch.where(candidates, exact, -torch.inf), p, total), candidates)
 
 
-def expected_logits(estimate: Tensor, noise: Tensor | float) -> Tensor:
-    """log E[exp(logit) | estimate] for each token [..., T], if logits of one query are normally distributed.
+def likely_logits(estimate: Tensor, noise: Tensor | float) -> Tensor:
+    """An upper estimate of log E[exp(logit) | estimate] for each token [..., T], the larger of two.
 
-    With logits N(m, s^2) and an unbiased estimate of variance ``noise``, the logit given the estimate is
-    N(m + rho (estimate - m), rho noise), rho = s^2 / (s^2 + noise); m and s^2 + noise are the row's own moments.
-    Without this, the sum over the rest is wrong either way: E exp(noise) > 1, but a low estimate is often bad luck.
+    If nothing is known of logits, it is estimate + noise/2: right for the few that stand out. If those of a query are
+    N(m, s^2), the logit given the estimate is N(m + rho (estimate - m), rho noise), rho = s^2 / (s^2 + noise), with m
+    and s^2 + noise the row's own moments: right for the bulk, where a low estimate is often bad luck.
     """
     mean = estimate.mean(-1, keepdim=True)
     variance = estimate.var(-1, keepdim=True, correction=0).clamp_min(torch.finfo(estimate.dtype).tiny)
-    rho = (1 - torch.as_tensor(noise) / variance).clamp(0.0, 1.0)
-    return mean + rho * (estimate - mean) + rho * noise / 2
+    noise = torch.as_tensor(noise)
+    rho = (1 - noise / variance).clamp(0.0, 1.0)
+    return torch.maximum(mean + rho * (estimate - mean) + rho * noise / 2, estimate + noise / 2)
 
 
 def mass(logits: Tensor, kept: Tensor) -> Tensor:

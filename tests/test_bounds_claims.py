@@ -57,7 +57,7 @@ class Noisy(Method):
 class FakeCapture:
     """One sample of Gaussian tokens for each of two layers."""
 
-    def __init__(self, tokens: int = 1024, *, queries: bool = True) -> None:
+    def __init__(self, tokens: int = 2560, *, queries: bool = True) -> None:
         layer = LayerShape(kind=LayerKind.FULL, num_heads=4, num_kv_heads=2, head_dim=D, scale=D**-0.5)
         self.shape, self.layers, self.tokens, self.queries = CacheShape(layers=(layer, layer)), [0, 1], tokens, queries
 

@@ -75,7 +75,9 @@ def test_rescoring_keeps_the_mass_that_the_plain_estimate_does_not(deviation: fl
     oracle = by_sorting(exact, p).sum(-1).float().mean()
     assert float(plain) < p - 0.2 * (1 - p)
     assert float(rescored.mean()) >= p
-    assert float((rescored < p - 0.1 * (1 - p)).float().mean()) < 0.05
+    # noise of 2.25 nats at deviation 3 is beyond any head of the model measured in docs/methods/rabitq.md
+    assert float((rescored < p).float().mean()) < (0.05 if deviation == 3 else 0.02)
+    assert float(rescored.min()) > p - 0.25 * (1 - p)
     # and it does not get there by reading much more than it must
     assert float(chosen.kept.sum(-1).float().mean()) < 1.4 * float(oracle) + 2
     assert not (chosen.kept & ~chosen.candidates).any()
@@ -98,14 +100,27 @@ def test_the_selection_of_a_query_does_not_depend_on_the_others() -> None:
     assert torch.equal(whole.kept[3:4], alone.kept)
 
 
-def test_the_expected_logit_given_the_estimate_is_right_for_normal_logits() -> None:
+def test_the_likely_logits_weigh_the_bulk_rightly_and_the_top_from_above() -> None:
     exact, estimate = noisy(2.0, 1.5)
-    likely = sparse.expected_logits(estimate, 1.5**2)
-    # of the bulk below the mean, where the plain estimate would be too low: the sums agree within 2 %
-    low = estimate < 0
+    likely = sparse.likely_logits(estimate, 1.5**2)
+    # of the bulk below the mean, where the plain estimate would be too low
+    low = estimate < -1.5
     true = torch.where(low, exact.exp(), 0.0).sum()
-    assert float(torch.where(low, likely.exp(), 0.0).sum() / true) == pytest.approx(1, abs=0.02)
-    assert float(torch.where(low, estimate.exp(), 0.0).sum() / true) < 0.7
+    assert float(torch.where(low, likely.exp(), 0.0).sum() / true) == pytest.approx(1, abs=0.1)
+    assert float(torch.where(low, estimate.exp(), 0.0).sum() / true) < 0.5
+    assert float(torch.where(low, 0.0, likely.exp()).sum() / torch.where(low, 0.0, exact.exp()).sum()) > 1
+
+
+def test_a_few_heavy_tokens_are_not_lost_to_an_unlucky_estimate() -> None:
+    # heads that look at one token: the normal law of the bulk says nothing of it
+    g = torch.Generator().manual_seed(5)
+    exact = torch.randn(400, 2000, generator=g)
+    exact[:, :3] += 9
+    estimate = exact + 1.2 * torch.randn(400, 2000, generator=g)
+    for p in (0.5, 0.8, 0.95):
+        kept = sparse.select(estimate, 1.2**2, exact, p).kept
+        assert float((sparse.mass(exact, kept) < p).float().mean()) < 0.01
+        assert float(kept.sum(-1).float().mean()) < 3 * float(by_sorting(exact, p).sum(-1).float().mean())
 
 
 def test_the_output_misses_by_no_more_than_the_missing_mass_allows() -> None:

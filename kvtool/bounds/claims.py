@@ -89,7 +89,7 @@ def check_claims(
 
 
 def held_out(calibration: Calibration, tokens: int) -> tuple[int, int]:
-    """The tokens [start, stop) of a sample that may be measured: not fitted to, not kept exact, whole pages.
+    """The tokens [start, stop) of a sample that are measured: not fitted to, not kept exact, whole blocks.
 
     The artifact says what it was fitted to (provenance ``fit_tokens``, of each sample); else it is the last quarter.
     """
@@ -97,7 +97,9 @@ def held_out(calibration: Calibration, tokens: int) -> tuple[int, int]:
     start = int(fitted) if isinstance(fitted, int) and fitted < tokens else tokens - tokens // 4
     start = max(start, calibration.policy.sinks)
     block = calibration.method.block or PAGE
-    return start, start + (tokens - start) // block * block
+    # the newest tokens stay exact in serving; a text too short for that is measured to its end
+    outside = calibration.policy.window if tokens - calibration.policy.window - start >= block else 0
+    return start, start + (tokens - outside - start) // block * block
 
 
 def _evidence(calibration: Calibration, capture: "Capture", index: int) -> "Iterator[Evidence]":

@@ -54,6 +54,16 @@ def value_nmse(evidence: Evidence) -> Tensor:
     return _nmse(evidence.decoded.values[0], evidence.values)
 
 
+def residual_nmse(evidence: Evidence) -> Tensor:
+    """||k - k^||^2 / ||k - c||^2 of each token: relative to what is coded, for methods that centre keys on c."""
+    centre = getattr(evidence.method, "centre", None)
+    if centre is None:
+        return key_nmse(evidence)
+    coded = evidence.keys - centre(evidence.layer, evidence.positions)
+    error = (evidence.decoded.keys[0].float() - evidence.keys).square().sum(-1)
+    return error / coded.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+
+
 def inner_product_nmse(evidence: Evidence) -> Tensor:
     """(q.k - q.k^)^2 / (||q||^2 ||k||^2) of each token, averaged over the queries of its group."""
     queries = _grouped(evidence)
@@ -117,6 +127,7 @@ MEASURES: dict[str, Measure] = {
     for measure in (
         key_nmse,
         value_nmse,
+        residual_nmse,
         inner_product_nmse,
         inner_product_bias,
         logit_mse,

@@ -14,6 +14,7 @@ over the rotation, and its error is that of one coordinate of a uniform unit vec
 """
 
 import math
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -130,3 +131,15 @@ def rescale(rotated: Tensor, codes: Tensor, bits: int, delta: Delta) -> Tensor:
     energy = rotated.square().sum(-1)
     # not `energy > 0`: a NaN must stay one, to be refused
     return torch.where(energy == 0, 0.0, energy / product.clamp_min(_TINY))
+
+
+@lru_cache(maxsize=64)
+def expected_distortion(dim: int, bits: int, delta: Delta) -> float:
+    """E ||r - r^||^2 / ||r||^2 over Haar rotations of R^``dim``: that of a random vector, whatever r is.
+
+    The mean of 4096 draws from a fixed seed; its own standard error is .2 % at 1 bit, less above.
+    """
+    r = torch.randn(4096, dim, generator=torch.Generator().manual_seed(0))
+    codes = encode(r, bits)
+    found = rescale(r, codes, bits, delta)[:, None] * grid(codes, bits)
+    return float(((found - r).square().sum(-1) / r.square().sum(-1)).double().mean())
