@@ -13,8 +13,11 @@ from kvtool.methods.base import Method
 from kvtool.methods.eviction import Eviction
 from kvtool.methods.exact import Exact
 from kvtool.methods.fp8 import Fp8
+from kvtool.methods.h1b import H1B
 from kvtool.methods.rabitq import RaBitQ
 from kvtool.methods.rdkv import RDKV
+from kvtool.methods.rina import RINA
+from kvtool.methods.transform import Transform
 from kvtool.methods.turboquant import TurboQuant
 
 METHODS: dict[str, type[Method]] = {
@@ -22,9 +25,12 @@ METHODS: dict[str, type[Method]] = {
     "fp8": Fp8,
     "affine": Affine,
     "turboquant": TurboQuant,
+    "transform": Transform,
     "rdkv": RDKV,
     "eviction": Eviction,
     "rabitq": RaBitQ,
+    "rina": RINA,
+    "h1b": H1B,
 }
 
 

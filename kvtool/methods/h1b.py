@@ -17,10 +17,10 @@ almost uniformly. ``score=cosine`` keeps the key's norm, maps a to a cosine and 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple, Self
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -51,6 +51,15 @@ class H1BKV(NamedTuple):
     value_minima: Tensor
 
 
+def _storable(bits: int) -> int:
+    if bits not in (2, 3, 4, 8):
+        raise ValueError("expected 2, 3, 4 or 8")
+    return bits
+
+
+ValueBits = Annotated[int, AfterValidator(_storable)]
+
+
 @dataclass(frozen=True)
 class H1B(Method):
     """Sign random projections for keys, min-max for values."""
@@ -60,7 +69,7 @@ class H1B(Method):
     summary: ClassVar[str] = "1-bit sign sketches of the keys, compared with the query's; 4-bit values"
 
     sketch_bits: int = Field(1, ge=1, le=8, description="bits of sketch per key channel: b = sketch_bits * head_dim")
-    v_bits: Literal[2, 3, 4, 8] = Field(4, description="bits per value channel, min-max per token")
+    v_bits: ValueBits = Field(4, description="bits per value channel, min-max per token")
     score: Literal["cosine", "published"] = Field("cosine", description="a calibrated logit, or the bare agreement")
     mean: Centre = Field("rotated", description="mean removed from keys before the sketch")
     seed: int = Field(0, ge=0, description="of the projection")

@@ -1,0 +1,362 @@
+"""RINA: recursive one-bit stages over sub-spaces, with noise feedback on values.
+
+Source: the RINA-1bit-KV repository (sigma-delta residual binary pursuit; no paper) and its forum description, of which
+docs/methods/rina.md says what was claimed and what was measured. What is kept here is what survives measurement:
+
+    rotate, split D into sub-spaces of s channels; for stage j = 1..J, with r the residual of one sub-space
+    theta_j = half_j * t_j                      threshold, t_j fitted per head and sub-space
+    b_j     = r > theta_j
+    r      <- r - (b_j ? hi_j : lo_j)           hi, lo = mid_j * n +- half_j; half_j coded per token, mid_j fitted
+
+    values:  u_t = v_t + beta e_{t-1},  e_t = clip(u_t - u'_t)      feedback within a page of 64 tokens
+    logits:  l_t + kappa/2 * scale^2 * sum_s ||q_s||^2 noise_{s,t}   the bias of exp under the noise of token t
+
+``n`` is the token's norm over sqrt(D), coded logarithmically in 8 bits. Of every page, the ``extra`` keys whose noise
+does most damage have one more stage.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple, Self
+
+import torch
+from pydantic import AfterValidator, Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from kvtool import attention, centring, packing, rotation
+from kvtool.attention import Attended
+from kvtool.centring import Centre
+from kvtool.errors import CaptureError, ModelError
+from kvtool.methods import rina_code as code
+from kvtool.methods.base import Carry, Decompressed, LayerCalibration, Method
+from kvtool.shapes import LayerShape, Rope, TensorSpec
+
+if TYPE_CHECKING:
+    from kvtool.capture import LayerSample
+
+
+class RINAKV(NamedTuple):
+    """N pages of 64 tokens.
+
+    key_pages, value_pages: uint8 [B, H, N, J * page bytes], the stages' bits as 1-bit pages one after the other.
+    key_norms, value_norms: uint8 [B, H, N, 64], logarithmic, in the order of ``packing.pack_tokens``.
+    key_halves, value_halves: uint8 [B, H, N, 32 m J], 4-bit logarithmic level distances.
+    extra_index: uint8 [B, H, N, n], the tokens of the page whose keys have one more stage; then their bits
+    extra_bits: uint8 [B, H, N, n, D/8] and level distances extra_halves: uint8 [B, H, N, n, m].
+    """
+
+    key_pages: Tensor
+    key_norms: Tensor
+    key_halves: Tensor
+    value_pages: Tensor
+    value_norms: Tensor
+    value_halves: Tensor
+    extra_index: Tensor
+    extra_bits: Tensor
+    extra_halves: Tensor
+
+
+def _subspace(channels: int) -> int:
+    if channels not in (16, 32, 64):
+        raise ValueError("expected 16, 32 or 64")
+    return channels
+
+
+Subspace = Annotated[int, AfterValidator(_subspace)]
+
+
+@dataclass(frozen=True)
+class RINA(Method):
+    """Recursive one-bit stages with noise feedback."""
+
+    name: ClassVar[str] = "rina"
+    paper: ClassVar[str] = "https://github.com/Misaka477/RINA-1bit-KV"
+    summary: ClassVar[str] = "recursive 1-bit stages over sub-spaces, error feedback on values, noise-corrected logits"
+
+    k_stages: int = Field(1, ge=1, le=4, description="one-bit stages of keys")
+    v_stages: int = Field(1, ge=1, le=4, description="one-bit stages of values")
+    subspace: Subspace = Field(32, description="channels that share a level distance; head_dim if smaller")
+    extra: int = Field(0, ge=0, le=32, description="keys of each page of 64 with one more stage: the noisiest")
+    feedback: bool = Field(True, description="carry the error of a value to the next, where attention is diffuse")
+    correction: bool = Field(True, description="correct the logits for the noise of each key")
+    mean: Centre = Field("rotated", description="mean removed from keys")
+    seed: int = Field(0, ge=0, description="of the rotations")
+
+    def data_free(self) -> Self | None:
+        return None  # the levels are fitted: there is no version without data
+
+    def compress(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        layer: LayerCalibration,
+        *,
+        positions: Tensor,
+        queries: Tensor | None = None,
+        carry: Carry = None,
+    ) -> tuple[RINAKV, Carry]:
+        k = rotation.rotate(keys.float() - self._mean(layer, positions), layer["key_rotation"])
+        v = rotation.rotate(values, layer["value_rotation"])
+        if not (k.isfinite().all() and v.isfinite().all()):
+            raise ModelError(
+                f"layer {layer.index}: expected finite keys and values, found NaN or infinity; "
+                "load the model in bfloat16 or float32"
+            )
+        k_norm, k_unit = _norms(k)
+        key = code.encode(k / k_unit[..., None].clamp_min(_TINY), _stages(layer, "key", self.k_stages))
+        extra = self._extra(k / k_unit[..., None].clamp_min(_TINY) - key.decoded, k_unit, layer)
+        v_norm, v_unit = _norms(v)
+        pages = v.unflatten(2, (-1, packing.PAGE)).transpose(1, 2)  # [B, N, H, 64, D]
+        units = v_unit.unflatten(2, (-1, packing.PAGE)).transpose(1, 2)
+        _, value = code.feedback(pages, layer["beta"], units, _stages(layer, "value", self.v_stages))
+        value_bits = value.bits.transpose(2, 3).flatten(3, 4)  # [J, B, H, T, D]
+        value_halves = value.half_codes.transpose(1, 2).flatten(2, 3)  # [B, H, T, m, J]
+        return RINAKV(
+            _pack_stages(key.bits, packing.pack_keys),
+            packing.pack_tokens(k_norm),
+            _pack_halves(key.half_codes),
+            _pack_stages(value_bits, packing.pack_values),
+            packing.pack_tokens(v_norm),
+            _pack_halves(value_halves),
+            *extra,
+        ), None
+
+    def decompress(self, kv: RINAKV, layer: LayerCalibration, *, positions: Tensor) -> Decompressed:
+        k, _ = self._keys(kv, layer)
+        D = layer.shape.head_dim
+        bits = _unpack_stages(kv.value_pages, self.v_stages, D, packing.unpack_values)
+        halves = _unpack_halves(kv.value_halves, self._spaces(D), self.v_stages)
+        unit = code.decode_norm(packing.unpack_tokens(kv.value_norms)) / math.sqrt(D)
+        v = code.decode(bits, halves, _stages(layer, "value", self.v_stages)) * unit[..., None]
+        keys = rotation.unrotate(k, layer["key_rotation"]) + self._mean(layer, positions)
+        return Decompressed(keys, rotation.unrotate(v, layer["value_rotation"]))
+
+    def attend(
+        self,
+        queries: Tensor,
+        kv: RINAKV,
+        layer: LayerCalibration,
+        *,
+        positions: Tensor,
+        scale: float,
+        softcap: float | None = None,
+    ) -> Attended:
+        keys, values, _ = self.decompress(kv, layer, positions=positions)
+        logits = attention.logits(queries, keys, scale=scale)
+        if self.correction:
+            logits = logits + self._correction(queries, kv, layer, scale=scale)
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        return attention.from_logits(logits, values)
+
+    def _keys(self, kv: RINAKV, layer: LayerCalibration) -> tuple[Tensor, Tensor]:
+        """Rotated, centred keys [B, H, T, D], and the variance of their noise per sub-space [B, H, T, m]."""
+        D = layer.shape.head_dim
+        m = self._spaces(D)
+        stages = _stages(layer, "key", self.k_stages)
+        halves = _unpack_halves(kv.key_halves, m, self.k_stages)
+        unit = code.decode_norm(packing.unpack_tokens(kv.key_norms)) / math.sqrt(D)  # [B, H, T]
+        y = code.decode(_unpack_stages(kv.key_pages, self.k_stages, D, packing.unpack_keys), halves, stages)
+        noise = layer["key_noise"][:, None, :, self.k_stages - 1].expand(*y.shape[:-1], m)
+        if self.extra:
+            index, y_more, less = self._read_extra(kv, layer)
+            y = y.scatter_add(2, index[..., None].expand(*index.shape, D), y_more)
+            noise = noise.scatter(2, index[..., None].expand(*index.shape, m), less)
+        return y * unit[..., None], noise * unit[..., None].square()
+
+    def _correction(self, queries: Tensor, kv: RINAKV, layer: LayerCalibration, *, scale: float) -> Tensor:
+        """kappa/2 times the variance of each logit, [B, H, G, S, T]."""
+        B, HQ, S, D = queries.shape
+        H = layer.shape.num_kv_heads
+        q = rotation.rotate(queries.reshape(B, H, -1, D), layer["key_rotation"]).reshape(B, H, HQ // H, S, D)
+        energy = q.unflatten(-1, (self._spaces(D), -1)).square().sum(-1)  # [B, H, G, S, m]
+        _, noise = self._keys(kv, layer)
+        variance = scale**2 * energy @ noise[:, :, None].mT
+        return layer["kappa"].reshape(H, HQ // H, 1, 1) / 2 * variance
+
+    # one more stage for the keys whose noise does most damage
+
+    def _extra(self, residual: Tensor, unit: Tensor, layer: LayerCalibration) -> tuple[Tensor, Tensor, Tensor]:
+        """Index, bits and level distances of the extra stage; ``residual`` [B, H, T, D] in units of ``unit``."""
+        T, D = residual.shape[-2:]
+        pages = residual.unflatten(2, (-1, packing.PAGE))
+        # damage to the logits: the residual in the metric of the queries
+        weight = layer["query_energy"].repeat_interleave(D // self._spaces(D), -1)[:, None, None]
+        damage = (pages.square() * weight).sum(-1) * unit.unflatten(2, (-1, packing.PAGE)).square()
+        index = damage.topk(self.extra, -1).indices.sort(-1).values  # [B, H, N, n]
+        chosen = pages.gather(3, index[..., None].expand(*index.shape, D)).flatten(2, 3)
+        more = code.encode(chosen, _stages(layer, "key", 1, first=self.k_stages))
+        weights = 2 ** torch.arange(8, device=residual.device, dtype=torch.uint8)
+        bits = (more.bits[0].unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
+        shape = (T // packing.PAGE, self.extra)
+        return index.to(torch.uint8), bits.unflatten(2, shape), more.half_codes[..., 0].unflatten(2, shape)
+
+    def _read_extra(self, kv: RINAKV, layer: LayerCalibration) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens [B, H, n'], what to add to them [B, H, n', D], and the noise that remains [B, H, n', m]."""
+        N = kv.extra_index.shape[2]
+        pages = packing.PAGE * torch.arange(N, device=kv.extra_index.device)[:, None]
+        index = (kv.extra_index.long() + pages).flatten(2)
+        bits = (kv.extra_bits[..., None] >> torch.arange(8, device=index.device, dtype=torch.uint8) & 1).flatten(-2)
+        stage = _stages(layer, "key", 1, first=self.k_stages)
+        more = code.decode(bits.flatten(2, 3)[None], kv.extra_halves.flatten(2, 3)[..., None], stage)
+        left = layer["key_noise"][:, None, :, self.k_stages].expand(*more.shape[:-1], -1)
+        return index, more, left
+
+    # what the artifact holds
+
+    def _spaces(self, head_dim: int) -> int:
+        return head_dim // math.gcd(head_dim, self.subspace)
+
+    def _mean(self, layer: LayerCalibration, positions: Tensor) -> Tensor | float:
+        return 0.0 if self.mean == "none" else centring.at(layer["key_mean"], self.mean, layer.rope, positions)
+
+    def layer_schema(self, shape: LayerShape) -> dict[str, TensorSpec]:
+        H, D = shape.num_kv_heads, shape.head_dim
+        m = self._spaces(D)
+        schema = {
+            "key_rotation": rotation.spec("hadamard", H, D),
+            "value_rotation": rotation.spec("hadamard", H, D),
+            "key_mids": TensorSpec("float32", (H, m, self.k_stages + 1)),
+            "key_halves": TensorSpec("float32", (H, m, self.k_stages + 1)),
+            "key_noise": TensorSpec("float32", (H, m, self.k_stages + 1)),
+            "value_mids": TensorSpec("float32", (H, m, self.v_stages)),
+            "value_halves": TensorSpec("float32", (H, m, self.v_stages)),
+            "query_energy": TensorSpec("float32", (H, m)),
+            "beta": TensorSpec("float32", (H,)),
+            "kappa": TensorSpec("float32", (shape.num_heads,)),
+        }
+        if self.mean != "none":
+            schema["key_mean"] = centring.spec(shape)
+        return schema
+
+    def fit_layer(
+        self, shape: LayerShape, rope: Rope | None, samples: "Iterable[LayerSample]", *, layer: int
+    ) -> dict[str, Tensor]:
+        samples = list(samples)
+        H, D = shape.num_kv_heads, shape.head_dim
+        generator = torch.Generator().manual_seed(self.seed * 10_007 + layer)
+        tensors = {f"{side}_rotation": rotation.draw("hadamard", H, D, generator) for side in ("key", "value")}
+        if self.mean != "none":
+            tensors["key_mean"] = centring.fit_mean(samples, self.mean)
+        fitted = LayerCalibration(layer, shape, rope, tensors)  # sees the tensors as they come
+        keys, values, energy = [], [], torch.zeros(H, self._spaces(D))
+        for sample in samples:
+            if sample.queries is None:
+                raise CaptureError(f"layer {layer}: the capture has no queries; capture with --queries all")
+            keep = sample.positions >= centring.SINKS
+            centred = sample.keys.float() - self._mean(fitted, sample.positions)
+            keys.append(rotation.rotate(centred[:, keep], tensors["key_rotation"]))
+            values.append(rotation.rotate(sample.values[:, keep], tensors["value_rotation"]))
+            q = rotation.rotate(sample.queries.reshape(H, -1, D), tensors["key_rotation"])
+            energy += q.unflatten(-1, (self._spaces(D), -1)).square().sum((1, 3))
+        tensors["query_energy"] = energy / energy.sum(-1, keepdim=True)
+        for side, rotated, stages in (("key", keys, self.k_stages + 1), ("value", values, self.v_stages)):
+            y = torch.cat(rotated, 1)
+            y = y / _norms(y)[1][..., None].clamp_min(_TINY)
+            shaped = code.fit_stages(y, D // self._spaces(D), stages)
+            tensors[f"{side}_mids"], tensors[f"{side}_halves"] = shaped
+            if side == "key":
+                tensors["key_noise"] = _noise(y, shaped)
+        tensors["beta"], tensors["kappa"] = torch.zeros(H), torch.zeros(shape.num_heads)
+        if self.feedback:
+            tensors["beta"] = self._fit_beta(fitted, samples)
+        if self.correction:
+            tensors["kappa"] = self._fit_kappa(fitted, samples)
+        return tensors
+
+    def _fit_beta(self, layer: LayerCalibration, samples: "Sequence[LayerSample]") -> Tensor:
+        """Per head, the feedback of least error of the exact attention's output, [H]."""
+        H = layer.shape.num_kv_heads
+        total = torch.zeros(len(_BETAS), H)
+        for sample in samples:
+            weights, keys, values, positions = _attention(sample)
+            for i, beta in enumerate(_BETAS):
+                trial = replace_tensors(layer, beta=torch.full((H,), beta))
+                kv, _ = self.compress(keys, values, trial, positions=positions)
+                restored = self.decompress(kv, trial, positions=positions).values
+                error = weights @ (restored - values.float())[:, :, None]  # [1, H, G, S, D]
+                total[i] += error.square().sum((0, 2, 3, 4))
+        return torch.tensor(_BETAS)[total.argmin(0)]
+
+    def _fit_kappa(self, layer: LayerCalibration, samples: "Sequence[LayerSample]") -> Tensor:
+        """Per query head, the correction of least KL divergence from exact attention, [HQ]."""
+        shape = layer.shape
+        total = torch.zeros(len(_KAPPAS), shape.num_heads)
+        one = replace_tensors(layer, kappa=torch.ones(shape.num_heads))
+        for sample in samples:
+            weights, keys, values, positions = _attention(sample)
+            assert sample.queries is not None
+            queries = sample.queries[None, :, -_QUERIES:]
+            kv, _ = self.compress(keys, values, layer, positions=positions)
+            plain = attention.logits(queries, self.decompress(kv, layer, positions=positions).keys, scale=shape.scale)
+            step = self._correction(queries, kv, one, scale=shape.scale)
+            log_exact = weights.clamp_min(1e-30).log()
+            for i, kappa in enumerate(_KAPPAS):
+                found = (plain + kappa * step).log_softmax(-1)
+                total[i] += (weights * (log_exact - found)).sum((-1, -2))[0].flatten()
+        return torch.tensor(_KAPPAS)[total.argmin(0)]
+
+
+def replace_tensors(layer: LayerCalibration, **tensors: Tensor) -> LayerCalibration:
+    """``layer`` with some of its tensors exchanged."""
+    return replace(layer, tensors={**layer.tensors, **tensors})
+
+
+def _attention(sample: "LayerSample") -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Exact weights [1, H, G, S, T] of the last queries over whole pages beyond the sinks; keys, values, positions."""
+    assert sample.queries is not None
+    T = (sample.keys.shape[1] - centring.SINKS) // packing.PAGE * packing.PAGE
+    chosen = slice(centring.SINKS, centring.SINKS + T)
+    keys, values = sample.keys[None, :, chosen], sample.values[None, :, chosen]
+    scores = attention.logits(sample.queries[None, :, -_QUERIES:], keys, scale=sample.shape.scale)
+    return scores.softmax(-1), keys, values, sample.positions[chosen]
+
+
+def _norms(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes uint8 of the norms of ``y`` [..., D], and the decoded norms over sqrt(D)."""
+    codes = code.encode_norm(y.norm(dim=-1))
+    return codes, code.decode_norm(codes) / math.sqrt(y.shape[-1])
+
+
+def _noise(y: Tensor, stages: code.Stages) -> Tensor:
+    """Mean squared error per coordinate left after each stage, [H, m, J], for ``y`` [H, T, D] in units of the norm."""
+    left = []
+    for j in range(stages.mids.shape[-1]):
+        upto = code.Stages(stages.mids[..., : j + 1], stages.halves[..., : j + 1])
+        error = (y - code.encode(y, upto).decoded).unflatten(-1, (stages.mids.shape[1], -1))
+        left.append(error.square().mean((1, 3)))
+    return torch.stack(left, -1)
+
+
+def _stages(layer: LayerCalibration, side: str, count: int, first: int = 0) -> code.Stages:
+    chosen = slice(first, first + count)
+    return code.Stages(layer[f"{side}_mids"][..., chosen], layer[f"{side}_halves"][..., chosen])
+
+
+def _pack_stages(bits: Tensor, pack: Callable[[Tensor, Sequence[int]], Tensor]) -> Tensor:
+    widths = [1] * packing.groups(bits.shape[-1])
+    return torch.cat([pack(stage, widths) for stage in bits], -1)
+
+
+def _unpack_stages(
+    pages: Tensor, count: int, head_dim: int, unpack: Callable[[Tensor, Sequence[int], int], Tensor]
+) -> Tensor:
+    widths = [1] * packing.groups(head_dim)
+    return torch.stack([unpack(stage, widths, head_dim) for stage in pages.chunk(count, -1)])
+
+
+def _pack_halves(codes: Tensor) -> Tensor:
+    """Half codes [B, H, T, m, J] to bytes [B, H, N, 32 m J]."""
+    return code.pack_nibbles(codes.unflatten(2, (-1, packing.PAGE)).flatten(3))
+
+
+def _unpack_halves(packed: Tensor, spaces: int, stages: int) -> Tensor:
+    return code.unpack_nibbles(packed).unflatten(-1, (packing.PAGE, spaces, stages)).flatten(2, 3)
+
+
+_TINY = 1e-30
+_QUERIES = 64  # of each sample: the last, which see the most keys
+_BETAS = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]
+_KAPPAS = [-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0]
