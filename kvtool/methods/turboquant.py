@@ -74,8 +74,8 @@ class TurboQuant(Method):
     paper: ClassVar[str] = "https://arxiv.org/abs/2504.19874"
     summary: ClassVar[str] = "random rotation, then the optimal scalar codebook; keys centred on a calibrated mean"
 
-    k_bits: Bits = Field(3, description="bits per key channel; 2.5 and 3.5 give outlier channels one bit more")
-    v_bits: Bits = Field(3, description="bits per value channel; likewise")
+    k_bits: Bits = Field(3, description="bits per key channel: 1, 2, 2.5, 3, 3.5, 4 or 8; half bits are for outliers")
+    v_bits: Bits = Field(3, description="bits per value channel: likewise")
     rotation: RotationKind = Field("hadamard", description="random-sign Hadamard rounds, or uniform (haar)")
     codebook: Literal["sphere", "fitted"] = Field("sphere", description="for the sphere's exact density, or captured")
     scale: Literal["mse", "norm", "unbiased"] = Field("norm", description="what a token's scale makes right")
