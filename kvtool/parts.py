@@ -35,7 +35,8 @@ class Parts:
         if not self.growing or not self._runs:
             self._runs.append(kv)
             self._spans.append((start, tokens))
-            self._lengths = [x.shape[2] if isinstance(x, Tensor) else 0 for x in kv]
+            if self.growing:
+                self._lengths = [x.shape[2] if isinstance(x, Tensor) else 0 for x in kv]
             return
         run = self._runs[0]
         fields = [
