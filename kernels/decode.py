@@ -13,9 +13,9 @@ scores is the operand layout of the weights, which are quantised the same way fo
 
 import triton
 import triton.language as tl
-from kvtool.kernels.fragments import fragments, key_operand, load_table, load_unit, value_operand
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kvtool.kernels.fragments import fragments, key_operand, load_table, load_unit, value_operand
 
 LOG2E = tl.constexpr(1.4426950408889634)
 

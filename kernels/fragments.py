@@ -27,7 +27,7 @@ TABLE_WORDS = 8  # words 0-3: 16 levels of 4 bits; 4-5: 8 levels of 3 bits; 6: 4
 
 @triton.jit
 def prmt(a, b, selector, ASM: tl.constexpr):
-    """Four bytes of the eight in (b, a), chosen by the low four nibbles of ``selector``; a nibble's top bit: its sign."""
+    """Four of the eight bytes (b, a), by the low four nibbles of ``selector``; a nibble's top bit asks for the sign."""
     if ASM:
         return tl.inline_asm_elementwise(
             "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, selector], dtype=tl.int32, is_pure=True, pack=1

@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 import triton
-from kvtool.kernels import decode
-from kvtool.kernels.fragments import OFFSET, TABLE_WORDS
-from kvtool.kernels.merge import merge
-from kvtool.kernels.query import prepare
 from torch import Tensor
 
 from kvtool import packing
 from kvtool.attention import Attended
 from kvtool.errors import BackendError
+from kvtool.kernels import decode
+from kvtool.kernels.fragments import OFFSET, TABLE_WORDS
+from kvtool.kernels.merge import merge
+from kvtool.kernels.query import prepare
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 MAX_GROUP = 8  # query heads per KV head

@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 
 import torch
-from kvtool.kernels.packed import Codec, Packed
 from torch import Tensor
 
 from kvtool import packing
 from kvtool.attention import Attended, attend, logits
+from kvtool.kernels.packed import Codec, Packed
 
 
 def reference(

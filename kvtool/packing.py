@@ -160,7 +160,8 @@ def _pack_unit(block: Tensor, width: int) -> Tensor:
     weights = 2 ** torch.arange(8, device=block.device, dtype=torch.uint8)
     words = (flat.unflatten(-1, (width, 4, 8)) * weights).sum(-1, dtype=torch.uint8)  # [..., lane, h, plane, byte]
     pair = 2 - width % 2
-    ordered = words.unflatten(-2, (width // pair, pair)).movedim(-3, -5).movedim(-2, -3)  # [.., chunk, lane, plane, h, 4]
+    # [..., chunk, lane, plane, h, 4]
+    ordered = words.unflatten(-2, (width // pair, pair)).movedim(-3, -5).movedim(-2, -3)
     return ordered.flatten(-5)
 
 

@@ -22,11 +22,11 @@ from kvtool import attention
 from kvtool.attention import Attended
 from kvtool.backends import Backend, choose_backend
 from kvtool.calibration import Calibration
-from kvtool.policy import CachePolicy
 from kvtool.errors import ModelError
 from kvtool.methods.base import LayerCalibration, Method
 from kvtool.packing import PAGE
 from kvtool.parts import Parts
+from kvtool.policy import CachePolicy
 
 # elements of one block of logits: 256 MiB in float32
 _LOGITS = 1 << 26

@@ -165,7 +165,7 @@ def _induced(
             code.rotate((x / n[:, None])[None], matrices[head][None])[0]
             for x, n in zip((queries, residuals[head]), reversed(norms), strict=True)
         ]
-        factors = estimate(*rotated, code.encode(rotated[1], bits), bits)
+        factors = estimate(rotated[0], rotated[1], code.encode(rotated[1], bits), bits)
         errors = scale * norms[1][:, None] * norms[0] * (factors.queries @ factors.keys.T)
         exact = truth[head].flatten(0, 1).masked_fill(~seen.repeat(truth.shape[1], 1), -torch.inf)
         before, after = exact.softmax(-1), (exact + errors).softmax(-1)

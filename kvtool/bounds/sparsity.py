@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from kvtool.calibration import Calibration
     from kvtool.capture import Capture, LayerSample
 
-QUERIES = 32  # of each query head
+QUERIES = 16  # of each query head
 QUEST_PAGE = 16
 
 

@@ -8,12 +8,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from kvtool.kernels.packed import Codec, Launch, Packed, attend_packed
-from kvtool.kernels.reference import reference
-
 from kvtool import packing
 from kvtool.attention import relative_error
 from kvtool.errors import BackendError
+from kvtool.kernels.packed import Codec, Launch, Packed, attend_packed
+from kvtool.kernels.reference import reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LEVELS = {

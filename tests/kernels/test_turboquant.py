@@ -9,12 +9,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from kvtool.kernels import turboquant as kernels
-from kvtool.kernels.mean import mean_logits
-
 from kvtool.attention import relative_error
 from kvtool.backends import choose_backend
 from kvtool.errors import BackendError
+from kvtool.kernels import turboquant as kernels
+from kvtool.kernels.mean import mean_logits
 from kvtool.methods import make_method
 from kvtool.methods.base import LayerCalibration
 from kvtool.shapes import LayerKind, LayerShape, Rope
