@@ -7,27 +7,26 @@ of byte pairs around inside the warp. Pages reach shared memory by ``cp.async``,
 own; with programmatic dependent launch the first ones are under way before the query is ready.
 """
 
-from kvtool.kernels.fragments import RAW_KEYS, RAW_VALUES, fragment_bytes, fragments, load_table
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kvtool.kernels.copies import allocate, allocate_scales, fetch, unit_words
+from kvtool.kernels.fragments import RAW_KEYS, RAW_VALUES, fragment_bytes, fragments, load_table
+
 # [warp, row, column], one warp per batch entry
 MMA = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [4, 1, 1], [1, 16, 8]))
 OPERAND_A = gl.constexpr(gl.DotOperandLayout(0, MMA.value, 8))
 OPERAND_B = gl.constexpr(gl.DotOperandLayout(1, MMA.value, 8))
-CHUNK = gl.constexpr(gl.BlockedLayout([1, 1, 4], [1, 1, 32], [4, 1, 1], [2, 1, 0]))  # 128 words of a warp's page
-PLANE = gl.constexpr(gl.BlockedLayout([1, 1, 2], [1, 1, 32], [4, 1, 1], [2, 1, 0]))  # 64 words
-SCALES = gl.constexpr(gl.BlockedLayout([1, 2], [1, 32], [4, 1], [1, 0]))
 # stored at [q][u][r] is token 8u + 2q + r; here lane 4g + any holds tokens 8u + g
 TOKENS = gl.constexpr(
     gl.DistributedLinearLayout(
         [[0, 2], [0, 4], [0, 8]], [[0, 0], [0, 0], [0, 1], [0, 16], [0, 32]], [[1, 0], [2, 0]], [], [4, 64]
     )
 )
-LINEAR3 = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
-LINEAR2 = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+# names that later releases of Triton changed
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 LOG2E = gl.constexpr(1.4426950408889634)
 TURN = gl.constexpr(
@@ -97,13 +96,13 @@ def decode(
     key_table = load_table(KEY_TABLE, True)
     value_table = load_table(VALUE_TABLE, True)
 
-    key_store = _allocate(KEY_WIDTHS, STAGES)
-    value_store = _allocate(VALUE_WIDTHS, STAGES)
-    scale_store = gl.allocate_shared_memory(gl.float16, [2 * STAGES, 4, 64], LINEAR2)
+    key_store = allocate(KEY_WIDTHS, STAGES)
+    value_store = allocate(VALUE_WIDTHS, STAGES)
+    scale_store = allocate_scales(STAGES)
     for i in gl.static_range(STAGES - 1):
-        _fetch(
-            KEY_PAGES, VALUE_PAGES, KEY_SCALES, VALUE_SCALES, PAGE_TABLE, first + 4 * i, last, i, key_store, value_store,
-            scale_store, key_p, value_p, scale_p, KEY_WIDTHS, VALUE_WIDTHS, PAGED,
+        fetch(
+            KEY_PAGES, VALUE_PAGES, KEY_SCALES, VALUE_SCALES, PAGE_TABLE, first + 4 * i, last, i,
+            key_store, value_store, scale_store, key_p, value_p, scale_p, KEY_WIDTHS, VALUE_WIDTHS, PAGED,
         )  # fmt: skip
     if PDL:
         gdc_launch_dependents()
@@ -149,16 +148,16 @@ def decode(
         async_copy.wait_group(STAGES - 2)
         ahead = stage + STAGES - 1
         ahead = gl.where(ahead >= STAGES, ahead - STAGES, ahead)
-        _fetch(
-            KEY_PAGES, VALUE_PAGES, KEY_SCALES, VALUE_SCALES, PAGE_TABLE, step + 4 * (STAGES - 1), last, ahead, key_store,
-            value_store, scale_store, key_p, value_p, scale_p, KEY_WIDTHS, VALUE_WIDTHS, PAGED,
+        fetch(
+            KEY_PAGES, VALUE_PAGES, KEY_SCALES, VALUE_SCALES, PAGE_TABLE, step + 4 * (STAGES - 1), last, ahead,
+            key_store, value_store, scale_store, key_p, value_p, scale_p, KEY_WIDTHS, VALUE_WIDTHS, PAGED,
         )  # fmt: skip
         k = _token_order(scale_store.index(2 * stage).load(TOKENS), PER_TOKEN)
         v = _token_order(scale_store.index(2 * stage + 1).load(TOKENS), PER_TOKEN)
         score = start
         for i in gl.static_range(GROUPS):
             if KEY_WIDTHS[i] > 0:
-                words = _words(key_store, stage, KEY_WIDTHS, i)
+                words = unit_words(key_store, stage, KEY_WIDTHS, i)
                 f = fragment_bytes(fragments(words, key_table, KEY_WIDTHS[i], 4, True, RAW_KEYS if RAW else 0))
                 unit = f.reshape([4, 64, 32])  # (slot, g), (q, h, e)
                 score = mma_v2(gl.convert_layout(unit, OPERAND_A, assert_trivial=True), queries[i], score)
@@ -193,7 +192,7 @@ def decode(
         new_out = ()
         for i in gl.static_range(GROUPS):
             if VALUE_WIDTHS[i] > 0:
-                words = _words(value_store, stage, VALUE_WIDTHS, i)
+                words = unit_words(value_store, stage, VALUE_WIDTHS, i)
                 f = fragment_bytes(fragments(words, value_table, VALUE_WIDTHS[i], 4, True, RAW_VALUES))
                 unit = f.reshape([4, 4, 2, 8, 4, 2, 2, 2]).permute([0, 1, 3, 2, 4, 5, 6, 7]).reshape([4, 32, 64])
                 sums = mma_v2(gl.convert_layout(unit, OPERAND_A, assert_trivial=True), weights, zero32)
@@ -206,7 +205,7 @@ def decode(
         stage = gl.where(stage == STAGES - 1, 0, stage + 1)
     # copies still under way, of absent pages, must not land in what the reductions below use
     async_copy.wait_group(0)
-    gl.thread_barrier()
+    barrier()
 
     top = gl.max(m, 0)
     share = gl.exp2(m - top[None, :])
@@ -234,139 +233,6 @@ def decode(
 def QUERY_ROWS(rows):
     """Rows of the stored query tile: blocks of 8, whatever ROWS is."""
     return max(rows, 8)
-
-
-# A page is copied 16 bytes a lane: in segments of whole chunks (128 words). A group of even width is one segment; planes
-# of odd widths (64 words) are paired, also across groups, and what is left over is a segment of 8 bytes a lane. Each
-# segment has its buffer, because two copies into one buffer would be kept apart by a barrier.
-
-
-@gluon.constexpr_function
-def _plan(widths):
-    """Segments (offset in words, chunks, words of a chunk), and for every group its (segment, first word) per plane."""
-    segments, places, offset, open_plane = [], [], 0, False
-    for width in widths:
-        if width % 2 == 0:
-            open_plane = False
-            places.append(((len(segments), 0),))
-            if width:
-                segments.append((offset, width // 2, 128))
-        else:
-            planes = []
-            for plane in range(width):
-                if open_plane:
-                    first = segments.pop()[0]
-                    segments.append((first, 1, 128))
-                else:
-                    segments.append((offset + 64 * plane, 1, 64))
-                planes.append((len(segments) - 1, 64 if open_plane else 0))
-                open_plane = not open_plane
-            places.append(tuple(planes))
-        offset += 64 * width
-    return tuple(segments), tuple(places)
-
-
-@gluon.constexpr_function
-def _segments(widths):
-    return len(_plan(widths)[0])
-
-
-@gluon.constexpr_function
-def _segment(widths, index, what):
-    return _plan(widths)[0][index][what]
-
-
-@gluon.constexpr_function
-def _place(widths, group, plane, what):
-    return _plan(widths)[1][group][plane][what]
-
-
-@gluon.constexpr_function
-def _buffer(widths, index, stages):
-    _, chunks, words = _plan(widths)[0][index]
-    return [stages, 4, chunks, words]
-
-
-@gluon.jit
-def _allocate(WIDTHS: gl.constexpr, STAGES: gl.constexpr):
-    """One buffer per segment: [stages, warps, chunks, words]."""
-    stores = ()
-    for i in gl.static_range(_segments(WIDTHS)):
-        stores = stores + (gl.allocate_shared_memory(gl.int32, _buffer(WIDTHS, i, STAGES), LINEAR3),)
-    return stores
-
-
-@gluon.jit
-def _fetch(
-    KEY_PAGES, VALUE_PAGES, KEY_SCALES, VALUE_SCALES, PAGE_TABLE, step, last, stage, key_store, value_store, scale_store,
-    key_p, value_p, scale_p, KEY_WIDTHS: gl.constexpr, VALUE_WIDTHS: gl.constexpr, PAGED: gl.constexpr,
-):  # fmt: skip
-    """Start copying the four pages from ``step`` on; absent ones read as zeros."""
-    where, used = _locate(PAGE_TABLE, step, last, gl.SliceLayout(1, SCALES), PAGED)
-    lane = gl.arange(0, 64, gl.SliceLayout(0, SCALES))[None, :]
-    at = where[:, None] * scale_p + lane
-    mask = used[:, None] & (lane >= 0)
-    async_copy.async_copy_global_to_shared(scale_store.index(2 * stage), KEY_SCALES + at, mask=mask)
-    async_copy.async_copy_global_to_shared(scale_store.index(2 * stage + 1), VALUE_SCALES + at, mask=mask)
-    _fetch_side(KEY_PAGES, PAGE_TABLE, step, last, stage, key_store, key_p, KEY_WIDTHS, PAGED)
-    _fetch_side(VALUE_PAGES, PAGE_TABLE, step, last, stage, value_store, value_p, VALUE_WIDTHS, PAGED)
-    async_copy.commit_group()
-
-
-@gluon.jit
-def _fetch_side(
-    BASE, PAGE_TABLE, step, last, stage, store, page_stride, WIDTHS: gl.constexpr, PAGED: gl.constexpr
-):  # fmt: skip
-    for i in gl.static_range(_segments(WIDTHS)):
-        _fetch_segment(
-            BASE + _segment(WIDTHS, i, 0), PAGE_TABLE, step, last, store[i].index(stage), page_stride,
-            _segment(WIDTHS, i, 1), _segment(WIDTHS, i, 2), PAGED,
-        )  # fmt: skip
-
-
-@gluon.jit
-def _fetch_segment(
-    BASE, PAGE_TABLE, step, last, store, page_stride, CHUNKS: gl.constexpr, N: gl.constexpr, PAGED: gl.constexpr
-):  # fmt: skip
-    LAYOUT: gl.constexpr = PLANE if N == 64 else CHUNK
-    where, used = _locate(PAGE_TABLE, step, last, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)), PAGED)
-    lane = gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
-    chunk = gl.arange(0, CHUNKS, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None]
-    at = BASE + (where * page_stride)[:, None, None] + lane + N * chunk
-    mask = used[:, None, None] & (lane >= 0) & (chunk >= 0)
-    async_copy.async_copy_global_to_shared(store, at, mask=mask)
-
-
-@gluon.jit
-def _locate(PAGE_TABLE, step, last, LAYOUT: gl.constexpr, PAGED: gl.constexpr):
-    """Where the pages of the four warps are, int64 [4], and whether they are in use."""
-    page = step + gl.arange(0, 4, LAYOUT)
-    used = page < last
-    if PAGED:
-        return gl.load(PAGE_TABLE + page, mask=used, other=0).to(gl.int64), used
-    else:
-        return page.to(gl.int64), used
-
-
-@gluon.jit
-def _words(store, stage, WIDTHS: gl.constexpr, i: gl.constexpr):
-    """The words of group ``i`` as :func:`fragments` takes them."""
-    if WIDTHS[i] % 2 == 0:
-        return store[_place(WIDTHS, i, 0, 0)].index(stage).load(CHUNK)
-    elif WIDTHS[i] == 1:
-        return _plane(store, stage, WIDTHS, i, 0)
-    else:
-        return (
-            _plane(store, stage, WIDTHS, i, 0),
-            _plane(store, stage, WIDTHS, i, 1),
-            _plane(store, stage, WIDTHS, i, 2),
-        )
-
-
-@gluon.jit
-def _plane(store, stage, WIDTHS: gl.constexpr, i: gl.constexpr, plane: gl.constexpr):
-    SEGMENT: gl.constexpr = _place(WIDTHS, i, plane, 0)
-    return store[SEGMENT].index(stage).slice(_place(WIDTHS, i, plane, 1), 64, dim=2).load(PLANE)
 
 
 @gluon.jit

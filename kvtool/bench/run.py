@@ -60,8 +60,8 @@ def bench(subject: Subject, request: Request, device: torch.device) -> Iterator[
             if "ms" in record:
                 steps += 1
                 if record["speedup"] is not None and record["speedup"] >= 1 and batch == request.batches[0]:
-                    wins.append(record["tokens"])
-    yield {"record": "crossover", "batch": request.batches[0], "tokens": min(wins, default=None), "measured": steps}
+                    wins.append(context)
+    yield {"record": "crossover", "batch": request.batches[0], "context": min(wins, default=None), "measured": steps}
     if device.type == "cpu":
         yield from _predictions(subject, request)
 

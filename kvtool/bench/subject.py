@@ -83,7 +83,8 @@ class Subject:
     def bytes_per_token(self) -> float:
         """Bytes of one layer per token and sequence, measured on a compressed sample."""
         tokens = 4 * packing.PAGE
-        return nbytes(self.cache(tokens, 1, torch.device("cpu"))) / tokens
+        device = next((tensor.device for tensor in self.layer.tensors.values()), torch.device("cpu"))
+        return nbytes(self.cache(tokens, 1, device)) / tokens
 
     @property
     def full_bytes_per_token(self) -> int:

@@ -129,7 +129,7 @@ def _tables(records: list[dict[str, Any]]) -> list[RenderableType]:
     tables: list[RenderableType] = [facts, _steps([record for record in records if record["record"] == "step"])]
     crossover = next(record for record in records if record["record"] == "crossover")
     if crossover["measured"]:
-        where = crossover["tokens"]
+        where = crossover["context"]
         tables.append(
             f"compression wins from {format_tokens(where)} tokens" if where else "compression wins at no length"
         )

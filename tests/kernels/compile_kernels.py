@@ -1,0 +1,105 @@
+"""Compile every kernel for named targets without a GPU; prints one JSON object per kernel and target.
+
+Run as a program, because a process whose kernels run in Triton's interpreter cannot compile them.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from kvtool.kernels import decode, decode_gluon, encode, mean, merge, query
+from kvtool.kernels.fragments import OFFSET
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+POINTERS = {
+    **dict.fromkeys(("QUERIES", "X"), "*bf16"),
+    **dict.fromkeys(("QUERY",), "*i8"),
+    **dict.fromkeys(("KEY_SCALES", "VALUE_SCALES", "SCALES"), "*fp16"),
+    **dict.fromkeys(
+        ("QUERY_START", "KEY_PAGES", "VALUE_PAGES", "KEY_TABLE", "VALUE_TABLE", "PAGES", "PAGE_TABLE", "WORDS"), "*i32"
+    ),
+}
+FLOATS = ("factor", "softcap", "step", "root")
+
+
+def jobs(target: str):
+    """Kernel, its constants and its options, for one target."""
+    nvidia, hopper = target != "gfx942", target == "sm_90"
+    dims = {"H": 8, "ROWS": 8, "BLOCKS": 1}
+    square = {"D": 128, "C": 128, "DIMS": 128, "CHANNELS": 128, "PDL": hopper}
+    yield "prepare", query.prepare, {**dims, **square, "S": 1, "TILE": 16}, {"num_warps": 8}
+    yield "merge", merge.merge, {**dims, **square, "SPLITS": 64}, {"num_warps": 8}
+    yield "mean", mean._polynomial, {"HALF": 64, "BLOCK": 64}, {"num_warps": 4}
+    four = (4, 4, 4, 4)
+    units = {"GROUPS": 4, "OFFSETS": starts(four), "HALF": 64, "DIMS": 128, "H": 8, "D": 128, "C": 128, "SCALE": 1}
+    flags = {"KEYS": True, "CENTRED": True, "TURNED": True, "WIDTHS": four}
+    yield "encode", encode._encode, {**units, **flags}, {"num_warps": 4}
+    for name, keys, values in (("4", four, four), ("mixed", (4, 2, 2, 1), (3, 2, 2, 2)), ("1", (1,) * 4, (1,) * 4)):
+        common = {
+            **dims, "GROUPS": 4, "KEY_WIDTHS": keys, "VALUE_WIDTHS": values, "KEY_OFFSETS": starts(keys),
+            "VALUE_OFFSETS": starts(values), "LEVEL_OFFSETS": tuple(OFFSET[width] for width in values),
+            "PAGED": True, "BIASED": False, "CAPPED": False, "STAGES": 3, "PDL": hopper,
+        }  # fmt: skip
+        if target != "sm_90" and name != "4":
+            continue  # the code does not depend on the target, the compiler's time does
+        if name != "1":
+            yield f"decode {name}", decode.decode, {**common, "WARPS": 4, "ASM": nvidia}, {"num_warps": 4}
+        if nvidia:
+            raw = {"RAW": max(keys) == 1, "ROWS": 4}
+            yield f"decode_gluon {name}", decode_gluon.decode, {**common, **raw}, {"num_warps": 4}
+
+
+def starts(widths):
+    return tuple(64 * sum(widths[:i]) for i in range(len(widths)))
+
+
+def compiled(kernel, constants, options, target):
+    signature = {}
+    for name in kernel.arg_names:
+        scalar = "fp32" if name in FLOATS else "i32"
+        kind = POINTERS.get(name, scalar if name == "T" or not name.isupper() else "*fp32")
+        signature[name] = "constexpr" if name in constants else kind
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or re.fullmatch(r"(key|value|scale|scales|words|x|query|map|matrix)_[a-z]", name)
+    }
+    source = GluonASTSource if kernel.is_gluon() else ASTSource
+    return triton.compile(source(kernel, signature, constants, aligned), target=target, options=options)
+
+
+def resources(result, target):
+    """Registers, bytes of spill and of shared memory, as the assembler counts them."""
+    found = {"shared": result.metadata.shared}
+    if "cubin" in result.asm:
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(result.asm["cubin"])
+            file.flush()
+            usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        found |= {
+            name: int(re.search(rf"{key}:(\d+)", usage)[1]) for name, key in (("registers", "REG"), ("stack", "STACK"))
+        }
+    else:
+        text = result.asm["amdgcn"]
+        found |= {"registers": int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])}
+        found |= {"stack": int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1])}
+    return found
+
+
+if __name__ == "__main__":
+    wanted = sys.argv[1]
+    for name, kernel, constants, options in jobs(wanted):
+        result = compiled(kernel, constants, options, TARGETS[wanted])
+        print(json.dumps({"kernel": name, "target": wanted, **resources(result, wanted)}), flush=True)
