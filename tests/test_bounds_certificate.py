@@ -103,3 +103,25 @@ def test_nothing_fitted_yet_is_one_sentence(capsys) -> None:  # type: ignore[no-
 def test_bad_options_exit_with_two(arguments: list[str], tiny_capture, capsys) -> None:  # type: ignore[no-untyped-def]
     assert verify(tiny_capture.path, *arguments) == 2
     assert capsys.readouterr().err.count("\n") <= 3
+
+
+def test_top_p_readers_are_compared_at_equal_bytes(artifact: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    capsys.readouterr()
+    assert verify(artifact, "--top-p", ".5,.9", "--json") == 0
+    rows = {(r["p"], r["reader"]): r for r in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert {reader for _, reader in rows} == {"rescored", "estimate", "top-k", "quest", "oracle"}
+    for p in (0.5, 0.9):
+        assert rows[p, "oracle"]["mass"] >= p
+        assert rows[p, "rescored"]["mass"] >= p
+        assert rows[p, "oracle"]["tokens"] <= rows[p, "rescored"]["tokens"] <= rows[p, "rescored"]["context"] == 128
+        # within a page of each head and layer of the bytes that were to be matched
+        spent = rows[p, "rescored"]["bytes"]
+        assert rows[p, "top-k"]["bytes"] <= spent * 1.05
+        assert rows[p, "quest"]["bytes"] <= spent + 4 * 16 * 2 * 32 * 4
+        assert all(rows[p, reader]["bounded"] for reader in ("rescored", "estimate", "top-k", "quest", "oracle"))
+    assert rows[0.9, "rescored"]["output_error"] < rows[0.5, "rescored"]["output_error"]
+
+
+def test_top_p_needs_a_sketch(tiny_capture, capsys) -> None:  # type: ignore[no-untyped-def]
+    assert verify(tiny_capture.path, "--method", "exact", "--top-p", ".9") == 2
+    assert "mode topp" in capsys.readouterr().err

@@ -161,11 +161,11 @@ def _induced(
     for head in range(H):
         queries = centred.unflatten(0, (H, -1))[head].flatten(0, 1)
         norms = residuals[head].norm(dim=-1).clamp_min(1e-30), queries.norm(dim=-1).clamp_min(1e-30)
-        rotated = [
+        q, k = (
             code.rotate((x / n[:, None])[None], matrices[head][None])[0]
-            for x, n in zip((queries, residuals[head]), reversed(norms), strict=True)
-        ]
-        factors = estimate(rotated[0], rotated[1], code.encode(rotated[1], bits), bits)
+            for x, n in ((queries, norms[1]), (residuals[head], norms[0]))
+        )
+        factors = estimate(q, k, code.encode(k, bits), bits)
         errors = scale * norms[1][:, None] * norms[0] * (factors.queries @ factors.keys.T)
         exact = truth[head].flatten(0, 1).masked_fill(~seen.repeat(truth.shape[1], 1), -torch.inf)
         before, after = exact.softmax(-1), (exact + errors).softmax(-1)
