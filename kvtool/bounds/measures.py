@@ -33,13 +33,6 @@ class Evidence:
     kv: Any
     decoded: Decompressed
 
-    @property
-    def kept(self) -> Tensor:
-        """Tokens that were not evicted, bool [H, T]."""
-        if self.decoded.bias is None:
-            return torch.ones(self.keys.shape[:2], dtype=torch.bool)
-        return self.decoded.bias[0] > -torch.inf
-
 
 Measure = Callable[[Evidence], Tensor]
 
