@@ -19,12 +19,12 @@ PAGED = [name for name, method in METHODS.items() if method.block is not None]
 class FakeCapture:
     """Two layers of random tokens with a mean and uneven channels; all that ``fit`` may look at."""
 
-    def __init__(self, D=64, H=2, G=3, T=512):
+    def __init__(self, D=64, H=2, G=3, T=384):
         layer = LayerShape(kind=LayerKind.FULL, num_heads=H * G, num_kv_heads=H, head_dim=D, scale=D**-0.5, rope=0)
         self.rope = Rope(inv_freq=tuple(1e4 ** (-i / (D // 2)) for i in range(D // 2)))
         self.shape = CacheShape(layers=(layer, layer), ropes=(self.rope,))
         self.layers = [0, 1]
-        self._samples = {i: [self.sample(i, T, seed=10 * i + s) for s in range(2)] for i in self.layers}
+        self._samples = {i: [self.sample(i, T, seed=10 * i)] for i in self.layers}
 
     def samples(self, layer, *, tokens=None):
         return iter(self._samples[layer])
@@ -77,7 +77,7 @@ def bit_ladder(name):
     if {"k_bits", "v_bits"} <= known:
         return [dict(k_bits=b, v_bits=b) for b in (2, 3, 4, 8)]
     if "bits" in known:
-        return [dict(bits=b) for b in (3, 4, 8, 16)]
+        return [dict(bits=b) for b in (4, 16)]
     return []
 
 
@@ -108,7 +108,7 @@ def test_artifact_round_trips_bit_for_bit(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize(("D", "T"), [(64, 128), (64, 640), (80, 128), (96, 128), (128, 640)])
+@pytest.mark.parametrize(("D", "T"), [(64, 128), (64, 640), (80, 128), (128, 640)])
 def test_what_comes_back_has_the_shape_of_what_went_in(name, D, T):
     keys, values, queries, positions = tokens(D, T)
     made = calibration(name, D)
