@@ -11,11 +11,12 @@ import tempfile
 from pathlib import Path
 
 import triton
-from kvtool.kernels import decode, decode_gluon, encode, mean, merge, query
-from kvtool.kernels.fragments import OFFSET
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
+
+from kvtool.kernels import decode, decode_gluon, encode, mean, merge, query
+from kvtool.kernels.fragments import OFFSET
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
