@@ -13,6 +13,7 @@ from kvtool.errors import BackendError
 from kvtool.methods.base import LayerCalibration, Method
 
 BACKENDS = ("auto", "reference", "triton", "gluon")
+MAX_STEP = 8  # query tokens that decode kernels take at once; a longer prompt over a compressed past is the reference's
 
 
 class Kernel(Protocol):
@@ -55,7 +56,7 @@ class Backend:
         softcap: float | None = None,
     ) -> Attended:
         """Attention of ``queries`` [B, HQ, S, D] over one compressed part."""
-        if self.kernel is None:
+        if self.kernel is None or queries.shape[2] > MAX_STEP:
             return method.attend(queries, kv, layer, positions=positions, scale=scale, softcap=softcap)
         gluon = self.name == "gluon"
         return self.kernel.attend(
