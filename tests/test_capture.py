@@ -192,6 +192,15 @@ def test_output_gram_weighs_each_heads_error(tiny_model, tiny_capture):
         assert weighed.item() == pytest.approx(through.square().sum().item(), rel=1e-4)
 
 
+def test_stream_is_what_enters_the_layer(tiny_model, tiny_capture):
+    sample = next(iter(tiny_capture.samples(1)))
+    hidden = tiny_model.model(tiny_capture.ids[:1], output_hidden_states=True).hidden_states
+    # another order of summation than the capture's, chunk by chunk
+    torch.testing.assert_close(sample.stream, hidden[1][0].square().sum(-1), rtol=1e-3, atol=0)
+    part = next(iter(tiny_capture.samples(1, tokens=slice(50, 130))))
+    assert torch.equal(part.stream, sample.stream[50:130])
+
+
 # interruption
 
 

@@ -49,14 +49,15 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys, values and queries on disk."""
+        """Bytes of keys, values, queries and the stream's norms on disk."""
         kept = len(self.query_positions)
         layers = [self.manifest.shape.layers[i] for i in self.manifest.recorded]
         values = sum(
             layer.head_dim * (2 * layer.num_kv_heads * self.manifest.context + layer.num_heads * kept)
             for layer in layers
         )
-        return values * self.dtype.itemsize * self.manifest.samples
+        norms = 4 * len(layers) * self.manifest.context
+        return (values * self.dtype.itemsize + norms) * self.manifest.samples
 
     @property
     def cache_nbytes(self) -> int:

@@ -100,6 +100,7 @@ class Capture:
                 queries=parts.get("queries"),
                 query_positions=asked,
                 output_gram=gram if gram.numel() else None,
+                stream=parts.get("stream"),
             )
 
     def verify(self) -> list[str]:
@@ -121,11 +122,13 @@ class Capture:
             with self._open(self.manifest.shard(sample, number)) as shard:
                 for field in ("keys", "values"):
                     parts[field].append(shard.get_slice(f"layers.{layer}.{field}")[:, low:high])
+                if f"layers.{layer}.stream" in shard.keys():  # noqa: SIM118  # safe_open is no mapping
+                    parts.setdefault("stream", []).append(shard.get_tensor(f"layers.{layer}.stream")[low:high])
                 if "queries" in parts:
                     here = asked[(asked >= first) & (asked < first + chunk)]
                     keep = (here >= start) & (here < stop)
                     parts["queries"].append(shard.get_tensor(f"layers.{layer}.queries")[:, keep])
-        return {field: torch.cat(tensors, 1) for field, tensors in parts.items()}
+        return {field: torch.cat(tensors, 0 if field == "stream" else 1) for field, tensors in parts.items()}
 
     def _common(self, name: str, missing_ok: bool = False) -> Tensor:
         with self._open(COMMON) as common:

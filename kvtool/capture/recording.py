@@ -122,6 +122,7 @@ def _sample(
         torch.no_grad(),
         attention_replaced(loaded.model, "kvtool-capture", tap, masks=True),
         _Watch(tap, plan),
+        _Stream(tap, plan, model),
     ):
         for chunk in range(manifest.chunks):
             begin, end = chunk * manifest.chunk, min((chunk + 1) * manifest.chunk, manifest.context)
@@ -165,6 +166,11 @@ class _Tap:
                 whole = len(self._here) == new
                 self._put(f"layers.{layer}.queries", query[0] if whole else query[0, :, self._here.to(query.device)])
         return _attend(module, query, key, value, mask, **options)
+
+    def stream(self, layer: int, hidden: Tensor) -> None:
+        """Note the squared norms of what comes into ``layer``, [B, S, width]."""
+        if self._keep:
+            self.tensors[f"layers.{layer}.stream"] = hidden[0].float().square().sum(-1).cpu()
 
     def _put(self, name: str, tensor: Tensor) -> None:
         self.tensors[name] = tensor.to("cpu", self._plan.dtype, copy=True).contiguous()
@@ -217,6 +223,33 @@ class _Watch:
                 f"{self._plan.manifest.model}: the rotary table of layer {layer} changes with the length of the text, "
                 f"by position {at} at the latest; capture with --context {at or 1} or less"
             )
+
+
+class _Stream:
+    """Shows the tap what comes into each layer: the residual stream that attention adds to.
+
+    An attention error matters as much as it is large against it, which lets layers be compared. The layer is the
+    module that holds the attention module; where its first argument is no hidden state, nothing is recorded.
+    """
+
+    def __init__(self, tap: _Tap, plan: Plan, model: nn.Module) -> None:
+        self._tap, self._handles = tap, list[Any]()
+        attention = {id(plan.geometry.attention[i]): i for i in plan.manifest.recorded}
+        self._layers = {attention[id(c)]: m for m in model.modules() for c in m.children() if id(c) in attention}
+
+    def __enter__(self) -> None:
+        for layer, module in self._layers.items():
+
+            def note(_: nn.Module, args: Any, options: dict[str, Any], layer: int = layer) -> None:
+                hidden = args[0] if args else options.get("hidden_states")
+                if isinstance(hidden, Tensor) and hidden.ndim == 3:
+                    self._tap.stream(layer, hidden)
+
+            self._handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
 
 
 def _attend(

@@ -16,6 +16,7 @@ class LayerSample:
     positions: [T] int64, the rotary positions of the keys.
     query_positions: [S] int64.
     output_gram: [HQ, D, D] float32, W_O,h^T W_O,h of each query head: how much its output error matters; or None.
+    stream: [T] float32, squared norm of the residual stream that each token brings into the layer; or None.
     """
 
     layer: int
@@ -28,6 +29,7 @@ class LayerSample:
     queries: Tensor | None = None
     query_positions: Tensor | None = None
     output_gram: Tensor | None = None
+    stream: Tensor | None = None
 
     def pre_rope_keys(self) -> Tensor:
         """Keys before rotary embedding, [H, T, D] float32; exact up to the rounding of the captured dtype."""
