@@ -32,6 +32,7 @@ Samples = Callable[[], "Iterable[LayerSample]"]  # the samples of a layer, from 
 
 SHARPEN = 0.02  # of the mean eigenvalue, added to every metric: no direction is free
 RIDGE = 1.0
+RECENT = 128  # tokens before a query that count as exact, as a served model's window
 HEADROOM = 0.5  # octaves above the 99.9 % quantile of the gains
 _WEIGHTS = 1 << 24  # attention weights held at a time
 
@@ -155,11 +156,16 @@ def _decoded(coded: chain.Coded, stage: Code) -> Tensor:
 
 
 class Attention(NamedTuple):
-    """Attention weights of chosen queries over one sample: [H, Q, T], sinks left out, queries of a KV head in a row."""
+    """How chosen queries attend to one sample, the queries of a KV head in a row.
+
+    weights: [H, Q, T], zero where a served model would hold the token exactly: sinks and the most recent ones.
+    logits: [H, Q, T], hidden tokens at -inf. queries: [H, Q, D]. coded: bool [Q, T], where weights may be non-zero.
+    """
 
     weights: Tensor
-    queries: Tensor  # [H, Q, D]
-    visible: Tensor  # bool [Q, T]
+    logits: Tensor
+    queries: Tensor
+    coded: Tensor
 
 
 def attention_of(sample: "LayerSample", limit: int) -> Attention | None:
@@ -172,20 +178,18 @@ def attention_of(sample: "LayerSample", limit: int) -> Attention | None:
     if not count:
         return None
     chosen = late[torch.linspace(0, len(late) - 1, count).round().long()]
-    at = sample.query_positions[chosen]
-    G = sample.shape.group
-    queries = sample.queries[:, chosen].float().reshape(H, G * count, D)
-    visible = (sample.positions[None] <= at[:, None]).repeat(G, 1)  # [Q, T]
-    weights = softmax(queries, sample.keys.float(), visible, sample.shape)
-    return Attention(weights * (sample.positions >= centring.SINKS), queries, visible)
+    at = sample.query_positions[chosen].repeat(sample.shape.group)
+    queries = sample.queries[:, chosen].float().reshape(H, -1, D)
+    seen = logits(queries, sample.keys.float(), sample.shape)
+    seen.masked_fill_(sample.positions > at[:, None], -torch.inf)
+    coded = (sample.positions >= centring.SINKS) & (sample.positions <= at[:, None] - RECENT)
+    return Attention(seen.softmax(-1) * coded, seen, queries, coded)
 
 
-def softmax(queries: Tensor, keys: Tensor, visible: Tensor, shape: LayerShape) -> Tensor:
-    """Attention weights [H, Q, T]."""
-    logits = queries @ keys.mT * shape.scale
-    if shape.softcap is not None:
-        logits = shape.softcap * torch.tanh(logits / shape.softcap)
-    return logits.masked_fill_(~visible, -torch.inf).softmax(-1)
+def logits(queries: Tensor, keys: Tensor, shape: LayerShape) -> Tensor:
+    """Scaled and capped logits [H, Q, T]."""
+    scores = queries @ keys.mT * shape.scale
+    return scores if shape.softcap is None else shape.softcap * torch.tanh(scores / shape.softcap)
 
 
 class Moments:

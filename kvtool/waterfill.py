@@ -158,11 +158,12 @@ def _measure(
         metric = _per_query_head(sample)
         values = sample.values.float()
         if side == "key":
-            exact = fitting.softmax(seen.queries, sample.keys.float(), seen.visible, sample.shape) @ values
+            exact = seen.logits.softmax(-1) @ values
             for key, code in codes.items():
                 read = chain.features(chain.encode(x, code), code) @ chain.decoder(code)
-                keys = torch.where(keep[:, None], sample.keys.float() + (read - x), sample.keys.float())
-                found = fitting.softmax(seen.queries, keys, seen.visible, sample.shape) @ values
+                # what is added to the exact logits is the error of the coded tokens alone
+                found = fitting.logits(seen.queries, sample.keys.float() + (read - x), sample.shape)
+                found = torch.where(seen.coded, found, seen.logits).softmax(-1) @ values
                 errors[key] += _cost(found - exact, metric)
             power += _cost(exact, metric)
         else:
