@@ -104,6 +104,8 @@ def _pack(codes: Tensor, widths: Sequence[int], order: Tensor) -> Tensor:
     T, D = codes.shape[-2:]
     if T % PAGE or groups(D) != len(widths):
         raise ValueError(f"{T} tokens of {D} channels do not fill pages of {PAGE} tokens and {len(widths)} groups")
+    if not widths:
+        return codes.new_empty((*codes.shape[:-2], T // PAGE, 0))
     padded = F.pad(codes, (0, GROUP * len(widths) - D))
     units = padded.unflatten(-1, (-1, GROUP)).unflatten(-3, (-1, PAGE)).transpose(-3, -2)  # [..., N, group, 64, 32]
     blocks = units.flatten(-2)[..., order.to(codes.device)]  # [..., N, group, lane, h, e, slot]
@@ -115,6 +117,8 @@ def _unpack(pages: Tensor, widths: Sequence[int], head_dim: int, order: Tensor) 
     sizes = [256 * width for width in widths]
     if pages.shape[-1] != sum(sizes) or groups(head_dim) != len(widths):
         raise ValueError(f"pages of {pages.shape[-1]} bytes, expected {sum(sizes)} for widths {list(widths)}")
+    if not widths:
+        return pages.new_empty((*pages.shape[:-2], PAGE * pages.shape[-2], 0))
     blocks = [_unpack_unit(unit, width) for unit, width in zip(pages.split(sizes, -1), widths, strict=True)]
     flat = torch.stack(blocks, -5).flatten(-4)  # [..., N, group, 2048]
     units = torch.empty_like(flat)
