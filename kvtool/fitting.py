@@ -160,6 +160,12 @@ class FitPart:
 
 
 def _check_layers(capture: Capture, method: Method) -> None:
+    if not capture.shape.compressible:
+        kinds = ", ".join(sorted({str(layer.kind) for layer in capture.shape.layers}))
+        raise CaptureError(
+            f"{capture.path}: expected layers whose cache grows with the context, found only {kinds} in "
+            f"{capture.manifest.model}; this model has nothing to compress"
+        )
     missing = sorted(set(capture.shape.compressible) - set(capture.layers))
     needed = {name.split(".")[1] for name in method.schema(capture.shape) if name.startswith("layers.")}
     absent = [i for i in missing if str(i) in needed]
@@ -257,7 +263,7 @@ def _verdict(method: Method, summary: dict[str, float | None]) -> str:
     if fitted is None:
         return "not scored: the capture has no queries; capture with --queries all to compare with the data-free method"
     if free is None or difference is None:
-        return f"attention-output error on held-out tokens {fitted:.4f}; there is no data-free {method.name} to compare"
+        return f"attention-output error on held-out tokens {fitted:.4f}; no other {method.name} without data to compare"
     error = summary.get("standard_error")
     figures = (
         f"attention-output error on held-out tokens {fitted:.4f} calibrated, {free:.4f} data-free "

@@ -137,7 +137,7 @@ def test_a_method_that_learns_nothing_is_scored_alone(toy, tmp_path):
     made = fit(toy(), make_method("affine"), out=tmp_path / "a.safetensors")
     assert (made.kept, made.data_free, made.difference) == ("fitted", None, None)
     assert 0 < made.fitted < 0.2
-    assert "no data-free affine" in made.verdict
+    assert "no other affine without data" in made.verdict
 
 
 def test_exact_has_no_error(toy, tmp_path):
@@ -187,3 +187,18 @@ def test_samples_can_be_read_twice_from_a_capture(tiny_capture):
     """Samples came as a generator once: the second pass saw nothing, and codebooks could not be fitted."""
     capture = Capture.open(tiny_capture.path)
     assert TurboQuant(codebook="fitted").fit(capture)["layers.1.key_distortion"] > 0
+
+
+def test_a_model_whose_cache_does_not_grow_is_refused(wrap, tmp_path):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    from kvtool.capture import record
+
+    config = MistralConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=64, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    model = wrap(MistralForCausalLM, config, "all-sliding")
+    capture = record(model, tmp_path / "capture", text="abc " * 100, context=128)
+    with pytest.raises(CaptureError, match="found only sliding in all-sliding; this model has nothing to compress"):
+        fit(capture, make_method("turboquant"))
