@@ -199,6 +199,6 @@ def test_a_model_whose_cache_does_not_grow_is_refused(wrap, tmp_path):
         num_key_value_heads=2, sliding_window=64, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     model = wrap(MistralForCausalLM, config, "all-sliding")
-    capture = record(model, tmp_path / "capture", text="abc " * 100, context=128)
+    capture = record(model, tmp_path / "capture", text="abc " * 100, context=192)
     with pytest.raises(CaptureError, match="found only sliding in all-sliding; this model has nothing to compress"):
         fit(capture, make_method("turboquant"))
