@@ -74,8 +74,8 @@ def fit(
         CalibrationError: the artifact cannot be written.
     """
     policy = policy or CachePolicy()
-    shown = FitPart(capture, 0 if method.sees_sinks else policy.sinks)
     _check_layers(capture, method)
+    shown = FitPart(capture, 0 if method.sees_sinks else policy.sinks)
     free = method.data_free()
     steps = 2 * len(capture.layers)  # each layer is fitted, then scored
 

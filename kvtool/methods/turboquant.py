@@ -97,7 +97,8 @@ class TurboQuant(Method):
         return qjl
 
     def data_free(self) -> Self | None:
-        free = replace(self, codebook="sphere", mean="none", outliers="first")
+        half = self.k_bits % 1 or self.v_bits % 1
+        free = replace(self, codebook="sphere", mean="none", outliers="first" if half else self.outliers)
         return None if free == self else free
 
     def compress(

@@ -257,6 +257,8 @@ def test_data_free_needs_no_capture_and_says_what_it_gives_up():
     free = method.data_free()
     assert (free.k_bits, free.codebook, free.mean, free.outliers) == (2.5, "sphere", "none", "first")
     assert free.data_free() is None
+    # which channels are loud is no question at whole bits
+    assert make_method("turboquant", dict(k_bits=2, mean="none")).data_free() is None
     fitted(free, shape_of(64))
     with pytest.raises(CaptureError, match="no token"):
         fitted(method, shape_of(64))
