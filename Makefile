@@ -9,7 +9,7 @@ PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 
 # the demo's size; CI runs it smaller
 CONTEXT ?= 4k
-EVAL    ?= --prefix 1024 --score 256 --segments 4
+EVAL    ?= --prefix 1k --score 256 --segments 2 --passkey-context 1k --passkey-trials 3
 
 demo: $(VENV)/demo
 	$(BIN)/kvtool capture --context $(CONTEXT)
