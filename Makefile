@@ -8,7 +8,7 @@ BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 # the demo's size; CI runs it smaller
-CONTEXT ?= 4k
+CONTEXT ?= 2k
 EVAL    ?= --prefix 1k --score 256 --segments 2 --passkey-context 1k --passkey-trials 3
 
 demo: $(VENV)/demo
