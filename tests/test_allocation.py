@@ -108,9 +108,9 @@ def test_a_million_items_in_under_a_second():
     eps = torch.tensor([1, 0.31, 0.046, 0.014, 5e-5])
     cost, distortion = torch.tensor([0.0, 2, 3, 4, 8]).expand(1_000_000, 5), weight[:, None] * eps
     seconds = []
-    for _ in range(3):  # the best of three: other work on the machine is not the allocator's
-        start = time.process_time()
+    for _ in range(5):  # the best of five: other work on the machine is not the allocator's
+        start = time.perf_counter()
         levels = allocate(cost, distortion, 2_000_000)
-        seconds.append(time.process_time() - start)
+        seconds.append(time.perf_counter() - start)
     assert spend(cost, levels) == 2_000_000
     assert min(seconds) < 1

@@ -50,8 +50,8 @@ def test_dry_run_writes_nothing(capture, tmp_path):
     assert status == 0
     record = json.loads(out)
     assert record["dry_run"] is True
-    # keys and values of 2 heads, queries of 4, 32 channels, 2 layers, bfloat16
-    assert record["bytes"] == 128 * (2 * 2 + 4) * 32 * 2 * 2
+    # keys and values of 2 heads, queries of 4, 32 channels, 2 layers, bfloat16; the stream's size, float32, per layer
+    assert record["bytes"] == 128 * (2 * 2 + 4) * 32 * 2 * 2 + 128 * 2 * 4
     assert record["estimated_seconds"] >= 0
     assert not list(tmp_path.iterdir())
 
