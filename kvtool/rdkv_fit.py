@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from kvtool import rotation
+from kvtool import centring, rotation
 from kvtool.allocation import lower_hull
 from kvtool.errors import CaptureError, MethodOptionError
 from kvtool.methods.base import Progress
@@ -80,10 +80,7 @@ def _queries(sample: "LayerSample") -> Tensor:
 
 
 def _centred(sample: "LayerSample", mean: Tensor) -> Tensor:
-    rotated = mean[:, None].expand(-1, len(sample.positions), -1)
-    if sample.rope is not None:
-        rotated = sample.rope.rotate(rotated, sample.positions)
-    return sample.keys.float() - rotated
+    return sample.keys.float() - centring.at(mean, "rotated", sample.rope, sample.positions)
 
 
 def key_maps(stats: Statistics, seed: int) -> tuple[Tensor, Tensor]:

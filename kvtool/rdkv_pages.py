@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from kvtool import codebooks, packing
+from kvtool import centring, codebooks, packing
 
 if TYPE_CHECKING:
     from kvtool.methods.base import LayerCalibration
@@ -245,8 +245,7 @@ def table_values(codes: Tensor, widths: list[int]) -> Tensor:
 
 def _centre(layer: "LayerCalibration", positions: Tensor) -> Tensor:
     """The mean of each head's keys as rotary embedding turns it, [H, T, D]."""
-    mean = layer["key_mean"].float()[:, None].expand(-1, len(positions), -1)
-    return mean if layer.rope is None else layer.rope.rotate(mean, positions)
+    return centring.at(layer["key_mean"].float(), "rotated", layer.rope, positions)
 
 
 def _padded(x: Tensor, fill: int) -> Tensor:
