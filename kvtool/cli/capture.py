@@ -139,12 +139,12 @@ def _record(plan: "Plan", place: Path) -> dict[str, Any]:
 
 def _table(record: dict[str, Any]) -> Table:
     table = Table(show_header=False)
-    table.add_row("capture", record["path"] + ("  (not made: --dry-run)" if record.get("dry_run") else ""))
+    table.add_row("capture", record["path"] + ("  (not made: --dry-run)" if record["dry_run"] else ""))
     table.add_row("model", f"{record['model']}, {record['dtype']}, on {record['device']}")
     table.add_row("text", f"{record['text']}, {record['samples']} x {record['context']} tokens")
     table.add_row("layers", f"captured {len(record['layers'])} of {record['layers_total']}")
     table.add_row("disk", format_bytes(record["bytes"]))
-    table.add_row("time", format_seconds(record.get("seconds") or record["estimated_seconds"]))
+    table.add_row("time", format_seconds(record["estimated_seconds" if record["dry_run"] else "seconds"]))
     return table
 
 
