@@ -43,6 +43,7 @@ class Header(BaseModel):
     shape: CacheShape
     policy: CachePolicy
     provenance: dict[str, Any]
+    sha256: str | None = None  # of the rest of the header and the tensors; absent in files of other writers
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,7 @@ class Calibration:
         digest = hashlib.sha256()
         digest.update(json.dumps([self.method.name, asdict(self.method), self.policy.model_dump()]).encode())
         digest.update(self.shape.model_dump_json().encode())
-        for name in sorted(self.tensors):
-            digest.update(name.encode())
-            digest.update(self.tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        _hash(digest, self.tensors)
         return digest.hexdigest()
 
     def check_fits(self, shape: CacheShape, model: str) -> None:
@@ -112,6 +111,7 @@ class Calibration:
             provenance={"kvtool": kvtool.__version__, "created": _now(), **self.provenance},
         )
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
+        header = header.model_copy(update={"sha256": _content_sha256(header.model_dump_json(), tensors)})
         # a file with no tensors is not a valid safetensors file for every reader
         tensors = tensors or {"empty": torch.zeros(1, dtype=torch.uint8)}
         handle = -1
@@ -134,14 +134,20 @@ class Calibration:
         """Read and check an artifact.
 
         Raises:
-            CalibrationError: not an artifact, an unknown format or method, a tensor that differs from the schema,
-                or a value that is not finite.
+            CalibrationError: not an artifact, an unknown format or method, contents other than its hash says, a tensor
+                that differs from the schema, or a value that is not finite.
         """
         header = read_header(path)
         method = make_method(header.method, header.options, where=str(path))
         with safe_open(path, framework="pt") as file:
             names = set(file.keys()) - {"empty"}
             tensors = {name: file.get_tensor(name) for name in sorted(names)}
+            found = _content_sha256(file.metadata()["kvtool"], tensors)
+        if header.sha256 not in (None, found):
+            raise CalibrationError(
+                f"{path}: expected contents of sha256 {header.sha256}, found {found}; the file was changed or damaged "
+                "after it was written: copy it again or fit it again"
+            )
         _check_schema(str(path), method, header.shape, tensors)
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
@@ -189,6 +195,21 @@ def _check_schema(where: str, method: Method, shape: CacheShape, tensors: Mappin
         mismatch = schema[name].mismatch(tensors[name])
         if mismatch:
             raise CalibrationError(f"{where}: {name}: {mismatch}; fit it again")
+
+
+def _content_sha256(header: str, tensors: Mapping[str, Tensor]) -> str:
+    """Hash of the header's JSON without its own hash, as written and not as this version reads it, and the tensors."""
+    raw = json.loads(header)
+    raw.pop("sha256", None)
+    digest = hashlib.sha256(json.dumps(raw, sort_keys=True).encode())
+    _hash(digest, tensors)
+    return digest.hexdigest()
+
+
+def _hash(digest: "hashlib._Hash", tensors: Mapping[str, Tensor]) -> None:
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
 
 
 def _now() -> str:

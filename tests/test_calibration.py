@@ -29,7 +29,7 @@ def calibration(**options):
 def rewrite(path, tensors=None, **header):
     """The artifact at ``path`` with parts of it exchanged."""
     loaded = Calibration.load(path)
-    raw = json.loads(read_header(path).model_dump_json()) | header
+    raw = json.loads(read_header(path).model_dump_json()) | {"sha256": None} | header
     save_file(tensors or dict(loaded.tensors), path, {"format": "pt", "kvtool": json.dumps(raw)})
     return path
 
@@ -66,6 +66,22 @@ def test_a_layer_sees_its_own_tensors(path):
 
 def test_unknown_metadata_is_kept(path):
     assert read_header(rewrite(path, colour="blue")).model_extra == {"colour": "blue"}
+
+
+def test_one_changed_bit_is_found(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CalibrationError, match="changed or damaged"):
+        Calibration.load(path)
+
+
+def test_a_changed_header_is_found(path):
+    header = json.loads(read_header(path).model_dump_json())
+    # written again with its keys in another order, it is the same artifact
+    assert Calibration.load(rewrite(path, **dict(reversed(header.items())))).policy.sinks == 2
+    with pytest.raises(CalibrationError, match="changed or damaged"):
+        Calibration.load(rewrite(path, sha256=header["sha256"], policy=header["policy"] | {"sinks": 3}))
 
 
 def test_a_method_without_tensors_has_an_artifact_too(tmp_path):

@@ -153,6 +153,14 @@ def test_an_artifact_is_described_from_its_header(artifact, capsys):
     assert "exact" in capsys.readouterr().out
 
 
+def test_a_damaged_artifact_fails_the_check(artifact, capsys):
+    content = artifact.read_bytes()
+    artifact.write_bytes(content.replace(b'sinks\\":4', b'sinks\\":5'))
+    assert artifact.read_bytes() != content
+    assert cli.main(["inspect", str(artifact.parent), "--verify"]) == 1
+    assert str(artifact) in capsys.readouterr().err
+
+
 def test_a_directory_lists_what_it_holds_and_ignores_the_rest(artifact, capsys):
     (artifact.parent / "notes.txt").write_text("no tensor")
     (artifact.parent / "other.safetensors").write_bytes(b"not one of ours")

@@ -21,7 +21,7 @@ def inspect(
         typer.Argument(help="A model, a capture, an artifact or a directory of them. Without it: $KVTOOL_HOME."),
     ] = None,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Hash every file of a capture again; exit 1 if one differs.")
+        bool, typer.Option("--verify", help="Hash captures and artifacts again; exit 1 if one differs.")
     ] = False,
     layers: Annotated[str, typer.Option(help="Layers of a capture to look into, such as 0,5-9.")] = "all",
     statistics: Annotated[bool, typer.Option(help="Read the tensors of a capture, not only its manifest.")] = True,
@@ -41,12 +41,14 @@ def inspect(
     emit(
         [*(record.as_dict() for record in found), *(one.as_dict() for one in measured)],
         lambda: Group(
-            _facts(found[0]) if len(found) == 1 else _overview(found), *_pictures(measured), *_bit_maps(found)
+            _facts(found[0]) if len(found) == 1 else _overview(found),
+            *_pictures(measured),
+            *_bit_maps([one for one in found if one.path not in damaged]),
         ),
         as_json=as_json,
     )
     if damaged:
-        talk.print("not what the manifest says, capture again: " + ", ".join(damaged))
+        talk.print("not what was written, make it again: " + ", ".join(damaged))
         raise typer.Exit(1)
 
 
@@ -70,6 +72,7 @@ def _verify(found: "list[Record]") -> list[str]:
     """Paths that differ from what was recorded; artifacts are checked by loading them."""
     from kvtool.calibration import Calibration
     from kvtool.capture import Capture
+    from kvtool.errors import CalibrationError
     from kvtool.inspection import CalibrationRecord, CaptureRecord
 
     damaged = []
@@ -77,7 +80,11 @@ def _verify(found: "list[Record]") -> list[str]:
         if isinstance(record, CaptureRecord) and record.complete:
             damaged += [f"{record.path}/{name}" for name in Capture.open(record.path).verify()]
         elif isinstance(record, CalibrationRecord):
-            Calibration.load(Path(record.path))
+            try:
+                Calibration.load(Path(record.path))
+            except CalibrationError as error:
+                talk.print(str(error))
+                damaged.append(record.path)
     if not damaged:
         talk.print("verified: every file is what was written")
     return damaged
