@@ -65,6 +65,23 @@ def logits(queries: Tensor, keys: Tensor, *, scale: float, softcap: float | None
     return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
+def block_shares(
+    queries: Tensor, keys: Tensor, *, first: int, block: int, scale: float, softcap: float | None = None
+) -> Tensor:
+    """The share of the softmax on each ``block`` of keys from index ``first`` on, [B, HQ, S, N]: exp(lse_block - lse).
+
+    ``queries`` [B, HQ, S, D] are the last of the tokens whose ``keys`` [B, H, T, D] are given; the last block may be
+    shorter. A kernel that splits the cache has these lse as its partial results.
+    """
+    scores = logits(queries, keys, scale=scale, softcap=softcap).flatten(1, 2)
+    S, T = scores.shape[-2:]
+    hidden = torch.ones(S, T, dtype=torch.bool, device=scores.device).triu_(T - S + 1)
+    scores = scores.masked_fill(hidden, -torch.inf)
+    tail = torch.nn.functional.pad(scores[..., first:], (0, -(T - first) % block), value=-torch.inf)
+    partial = tail.unflatten(-1, (-1, block)).logsumexp(-1)
+    return (partial - scores.logsumexp(-1, keepdim=True)).exp()
+
+
 def merge(*parts: Attended) -> Attended:
     """Attention over the union of disjoint parts; exact."""
     lse = torch.stack([part.lse for part in parts]).logsumexp(0)

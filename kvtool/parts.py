@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvtool.methods.base import nbytes
+from kvtool.methods.base import mapped, nbytes
 
 # spare room on growth: one copy of the past per quarter of its length
 _GROWTH = 1.25
@@ -50,6 +50,10 @@ class Parts:
         first, before = self._spans[0]
         self._spans[0] = (first, before + tokens)
 
+    def replace(self, kv: Any, start: int, tokens: int) -> None:
+        """Hold ``kv`` alone, ``tokens`` compressed tokens from position ``start`` on."""
+        self.tokens, self._runs, self._spans = tokens, [kv], [(start, tokens)]
+
     def read(self, device: torch.device) -> Iterator[tuple[Any, Tensor]]:
         """Each run with the positions [T] its tokens were compressed at."""
         for run, (start, tokens) in zip(self._runs, self._spans, strict=True):
@@ -57,7 +61,7 @@ class Parts:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Apply ``function`` to every tensor: beams and batches are reordered along dimension 0."""
-        self._runs = [type(run)(*(function(x) if isinstance(x, Tensor) else x for x in run)) for run in self._runs]
+        self._runs = [mapped(run, function) for run in self._runs]
 
     @property
     def nbytes(self) -> int:

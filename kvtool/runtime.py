@@ -23,13 +23,14 @@ from kvtool.backends import Backend, choose_backend
 from kvtool.calibration import Calibration
 from kvtool.errors import ModelError
 from kvtool.exact import exact_attention
-from kvtool.methods.base import LayerCalibration, Method
+from kvtool.methods.base import LayerCalibration, Method, mapped
 from kvtool.packing import PAGE
 from kvtool.parts import Parts
 from kvtool.policy import CachePolicy
 
 # elements of one block of logits: 256 MiB in float32
 _LOGITS = 1 << 26
+_OBSERVED = 64  # queries of a pass whose attention a method that moves tokens is shown
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class CacheBytes:
     compressed: bytes of the packed parts. exact: bytes of sinks, window and exact layers, as held.
     values: numbers the cache stands for, 2 T H D summed over layers and sequences. tokens: length of the sequence.
     exact_values: how many of them are held exactly. resident: all bytes allocated, spare capacity included.
+    host: bytes that a method keeps in host memory besides, in none of the other figures.
     """
 
     compressed: int
@@ -47,6 +49,7 @@ class CacheBytes:
     exact_values: int
     resident: int
     tokens: int
+    host: int = 0
 
     @property
     def stored(self) -> int:
@@ -75,8 +78,9 @@ class CompressedLayer(DynamicLayer):
         self._start_empty()
 
     def _start_empty(self) -> None:
-        self.parts = Parts(growing=self.method.block is not None)
+        self.parts = Parts(growing=self.method.block is not None and not self.method.moves)
         self.carry: Any = None
+        self.shares: Tensor | None = None  # what the last pass attended to, until settle() shows it to the method
         self.fresh: Tensor | None = None  # the keys update() last returned; attend() must be given the same
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -115,6 +119,9 @@ class CompressedLayer(DynamicLayer):
         values = torch.cat(
             [self.values[:, :, :sinks].to(dtype), *(p.values for p in read), self.values[:, :, sinks:].to(dtype)], 2
         )
+        if self.method.moves:
+            last = queries[:, :, -_OBSERVED:]
+            self.shares = attention.block_shares(last, keys, first=sinks, block=PAGE, scale=scale, softcap=softcap)
         out = exact_attention(queries.to(dtype), keys, values, scale=scale, softcap=softcap, bias=bias)
         return out.to(queries.dtype)
 
@@ -142,11 +149,15 @@ class CompressedLayer(DynamicLayer):
 
     def settle(self, queries: Tensor | None) -> None:
         """Compress what has left the window. ``queries`` [B, HQ, W, D] are the newest, for methods that read them."""
+        if self.shares is not None:
+            self.carry, self.shares = self.method.observe(self.shares, self.carry), None
         sinks, block = self.policy.sinks, self.method.block or PAGE
         overflow = self.keys.shape[-2] - sinks - self.policy.window
         # a method without blocks takes the whole prefill at once, whatever its length
         count = overflow if self.method.block is None and not len(self.parts) else overflow // block * block
-        if count <= 0 or (self.method.block is None and overflow < block):
+        if self.method.moves and len(self.parts):
+            count = max(0, count)
+        elif count <= 0 or (self.method.block is None and overflow < block):
             return
         chosen = slice(sinks, sinks + count)
         start = sinks + self.parts.tokens
@@ -161,7 +172,10 @@ class CompressedLayer(DynamicLayer):
             queries=queries,
             carry=self.method.begin(queries, keys, values, self.layer, sinks=sinks, carry=self.carry),
         )
-        self.parts.append(kv, start, count)
+        if self.method.moves:
+            self.parts.replace(kv, sinks, start - sinks + count)
+        else:
+            self.parts.append(kv, start, count)
         self.keys, self.values = keys, values
 
     def get_seq_length(self) -> int:
@@ -213,10 +227,7 @@ class CompressedLayer(DynamicLayer):
             return
         self.keys, self.values = function(self.keys), function(self.values)
         self.parts.map(function)
-        if isinstance(self.carry, tuple):
-            self.carry = type(self.carry)(*(function(x) for x in self.carry))
-        elif isinstance(self.carry, Tensor):
-            self.carry = function(self.carry)
+        self.carry = mapped(self.carry, function)
 
 
 class CompressedCache(Cache):
@@ -250,7 +261,7 @@ class CompressedCache(Cache):
 
     def nbytes(self) -> CacheBytes:
         """What the cache costs now."""
-        compressed = exact = values = exact_values = resident = 0
+        compressed = exact = values = exact_values = resident = host = 0
         for i in self.calibration.shape.compressible:
             layer = self.layers[i]
             if not getattr(layer, "is_initialized", False):
@@ -258,12 +269,13 @@ class CompressedCache(Cache):
             held = layer.keys.numel() + layer.values.numel()
             size = layer.keys.element_size() * held
             packed, spare = (layer.parts.nbytes, layer.parts.spare) if isinstance(layer, CompressedLayer) else (0, 0)
+            host += layer.method.host_bytes(layer.carry) if isinstance(layer, CompressedLayer) else 0
             compressed, exact, exact_values = compressed + packed, exact + size, exact_values + held
             # not from what is held: without sinks and window it may be nothing
             B, H, _, D = layer.keys.shape
             values += 2 * B * H * D * layer.get_seq_length()
             resident += packed + spare + size
-        return CacheBytes(compressed, exact, values, exact_values, resident, self.get_seq_length())
+        return CacheBytes(compressed, exact, values, exact_values, resident, self.get_seq_length(), host)
 
     def bits_per_value(self) -> float:
         """Stored bits per value, sinks, window and exact layers included."""

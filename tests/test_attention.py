@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from kvtool.attention import attend, merge, relative_error, weight
+from kvtool.attention import attend, block_shares, merge, relative_error, weight
 
 
 def inputs(S=5, T=100, B=2, H=2, G=3, D=16, seed=0):
@@ -69,3 +69,14 @@ def test_half_precision_is_computed_in_float32():
     assert out.dtype == torch.float32
     # float32 sums of 1000 terms
     assert relative_error(out, exact) < 1e-5
+
+
+@pytest.mark.parametrize(("S", "first"), [(1, 0), (1, 4), (7, 4), (100, 4)])
+def test_shares_of_blocks_are_sums_of_the_softmax(S, first):
+    queries, keys, _, _ = inputs(S=S)
+    found = block_shares(queries, keys, first=first, block=64, scale=0.25)
+    hidden = torch.ones(S, 100, dtype=torch.bool).triu(100 - S + 1)
+    weights = (queries.unflatten(1, (2, 3)) @ keys[:, :, None].mT * 0.25).masked_fill(hidden, -torch.inf).softmax(-1)
+    pieces = [slice(first, first + 64), slice(first + 64, 100)]
+    expected = torch.stack([weights[..., piece].sum(-1) for piece in pieces], -1).flatten(1, 2)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)

@@ -82,6 +82,7 @@ class Method(ABC):
     summary: ClassVar[str]  # one sentence for tables
     block: ClassVar[int | None] = packing.PAGE  # tokens compressed together
     sees_sinks: ClassVar[bool] = False  # fit is shown the sinks as well: attention cannot be weighed without them
+    moves: ClassVar[bool] = False  # what is compressed changes between passes, see :meth:`observe`
 
     def schema(self, shape: CacheShape) -> dict[str, TensorSpec]:
         """The tensors of an artifact: ``layers.<i>.<field>``, or ``<field>`` when layers share it."""
@@ -160,8 +161,21 @@ class Method(ABC):
 
         queries: the last queries of the prompt, [B, HQ, W, D], for methods that look at attention.
         carry: what the previous call returned. Compressing in two calls equals compressing in one.
-        Returns the compressed NamedTuple and the carry.
+        Returns the compressed NamedTuple and the carry. A method that ``moves`` returns all that is compressed so far,
+        not the new tokens alone, and is called after every pass, with T = 0 if nothing has left the window.
         """
+
+    def observe(self, shares: Tensor, carry: Carry) -> Carry:
+        """What the queries of a pass saw, before compress: for methods that move tokens by their attention.
+
+        shares: [B, HQ, S, N], the share of each query's softmax that falls on each block of 64 tokens, from the first
+        token after the sinks on: compressed blocks, then those still in the window.
+        """
+        return carry
+
+    def host_bytes(self, carry: Carry) -> int:
+        """Bytes held outside the cache, in host memory: reported apart, never part of the rate."""
+        return 0
 
     @abstractmethod
     def decompress(self, kv: Any, layer: LayerCalibration, *, positions: Tensor) -> Decompressed:
@@ -198,5 +212,15 @@ class _Samples:
 
 
 def nbytes(kv: Any) -> int:
-    """Bytes of a compressed NamedTuple: every tensor, padding included."""
-    return sum(field.numel() * field.element_size() for field in kv if isinstance(field, Tensor))
+    """Bytes of a compressed NamedTuple: every tensor, those of nested tuples and padding included."""
+    if isinstance(kv, tuple):
+        return sum(nbytes(field) for field in kv)
+    return kv.numel() * kv.element_size() if isinstance(kv, Tensor) else 0
+
+
+def mapped(kv: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The same NamedTuple, nested ones included, with ``function`` applied to every tensor."""
+    if isinstance(kv, tuple):
+        fields = (mapped(field, function) for field in kv)
+        return type(kv)(*fields) if hasattr(kv, "_fields") else tuple(fields)
+    return function(kv) if isinstance(kv, Tensor) else kv
