@@ -15,10 +15,10 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from kvtool import attention, rdkv_pages
+from kvtool import attention
 from kvtool.attention import Attended
 from kvtool.methods.base import LayerCalibration
-from kvtool.rdkv_pages import level_bytes
+from kvtool.rdkv.pages import level_bytes, restore
 
 if TYPE_CHECKING:
     from kvtool.capture import Capture, LayerSample
@@ -188,8 +188,7 @@ def _contest(method: "RDKV", layer: LayerCalibration, one: Scene) -> dict[str, t
             found[f"rdkv {family}"] = _mixed(method, other, one)
     tokens = torch.ones(one.keys.shape[:3], dtype=torch.uint8)
     coded = {
-        width: rdkv_pages.restore(one.keys, one.values, tokens, uniform(layer, width, width), one.positions)
-        for width in WIDTHS
+        width: restore(one.keys, one.values, tokens, uniform(layer, width, width), one.positions) for width in WIDTHS
     }
     overhead = 3 / (2 * layer.shape.head_dim)
     for k in WIDTHS:
@@ -210,7 +209,7 @@ def _contest(method: "RDKV", layer: LayerCalibration, one: Scene) -> dict[str, t
 
 def _mixed(method: "RDKV", layer: LayerCalibration, one: Scene) -> tuple[Tensor, float]:
     levels, left = _levels(method, layer, one)
-    keys, values = rdkv_pages.restore(one.keys, one.values, levels, layer, one.positions)
+    keys, values = restore(one.keys, one.values, levels, layer, one.positions)
     bias = torch.zeros(levels.shape).masked_fill(levels == 0, -torch.inf)
     part = attention.attend(one.asked, keys, values, bias, scale=layer.shape.scale, softcap=layer.shape.softcap)
     H, T, D = one.keys.shape[1:]

@@ -6,13 +6,13 @@ import math
 import pytest
 import torch
 
-from kvtool import rdkv_pages
 from kvtool.calibration import Calibration
 from kvtool.capture.sample import LayerSample
 from kvtool.methods.rdkv import RDKV
 from kvtool.policy import CachePolicy
 from kvtool.race import scene, uniform
-from kvtool.rdkv_fit import fit
+from kvtool.rdkv.fit import fit
+from kvtool.rdkv.pages import level_bytes, pack
 from kvtool.shapes import CacheShape, LayerKind, LayerShape, Rope
 
 SHAPE = LayerShape(kind=LayerKind.FULL, num_heads=4, num_kv_heads=2, head_dim=64, scale=0.125, rope=0)
@@ -99,7 +99,7 @@ def test_a_uniform_pair_that_wins_is_written(raced, monkeypatch):
     one = sample(0)
     weights = torch.rand(1, 2, 640)
     levels, _ = method.plan(weights, weights, layer, torch.zeros(1))
-    kv = rdkv_pages.pack(one.keys[None, :, :640], one.values[None, :, :640], levels, layer, one.positions[:640])
+    kv = pack(one.keys[None, :, :640], one.values[None, :, :640], levels, layer, one.positions[:640])
     assert (levels > 0).all()
     assert kv.key_codes.shape[1] == 2 * 10 * 256 * 2 * k
     assert kv.value_codes.shape[1] == 2 * 10 * 256 * 2 * v
@@ -129,6 +129,6 @@ def test_too_little_text_is_said_not_raced():
 def test_uniform_levels_cost_what_their_name_says(raced):
     method, tensors, _ = raced
     layer = uniform(Calibration(method, TwoLayers().shape, tensors).layer(0), 4, 2)
-    size = rdkv_pages.level_bytes(layer["widths"], 64)[:, 1]
+    size = level_bytes(layer["widths"], 64)[:, 1]
     assert (size == 64 * 64 * (4 + 2) // 8 + 128).all()
     assert math.isclose(float(layer["distortion"][0, 0]), 1)

@@ -21,7 +21,7 @@ from torch import Tensor
 from kvtool import scores
 from kvtool.attention import Attended
 from kvtool.methods.base import Carry, Decompressed, LayerCalibration, Method, Progress
-from kvtool.rdkv_budget import parse_share
+from kvtool.rdkv.budget import parse_share
 from kvtool.shapes import LayerShape, TensorSpec
 
 if TYPE_CHECKING:

@@ -2,12 +2,12 @@
 
 Once, after prefill: every token gets a weight from the attention of the last queries, tokens are sorted into pages of
 64, and every page gets a level, a set of widths for its key channel groups and its values. Levels are chosen by
-reverse water-filling (allocation.py) on distortions measured when fitted (rdkv_fit.py):
+reverse water-filling (allocation.py) on distortions measured when fitted (rdkv/fit.py):
 
     minimise  sum over pages of  W_page * eps_head(level)      subject to  sum of bytes <= budget
 
 W is the second-order weight p^2 ||v - o||^2 or the paper's attention mass; both are in scores.py. The packed form is in
-rdkv_pages.py. Tokens that leave the window later come in blocks of 64 and are one page per head: they are allocated
+rdkv/pages.py. Tokens that leave the window later come in blocks of 64 and are one page per head: they are allocated
 by the same rule within the same budget per token, and bytes left over are carried to the next block.
 """
 
@@ -19,13 +19,13 @@ from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from kvtool import rdkv_pages, scores
+from kvtool import scores
 from kvtool.allocation import allocate
 from kvtool.attention import Attended
 from kvtool.methods.base import Carry, Claim, Decompressed, LayerCalibration, Method, Progress
 from kvtool.packing import PAGE, groups
-from kvtool.rdkv_budget import budget_fraction, parse_share
-from kvtool.rdkv_pages import LEVELS, Pages
+from kvtool.rdkv.budget import budget_fraction, parse_share
+from kvtool.rdkv.pages import LEVELS, Pages, level_bytes, pack, unpack
 from kvtool.shapes import CacheShape, LayerShape, TensorSpec
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class RDKV(Method):
         }
 
     def fit(self, capture: "Capture", *, progress: Progress | None = None) -> dict[str, Tensor]:
-        from kvtool.rdkv_fit import fit
+        from kvtool.rdkv.fit import fit
 
         return fit(self, capture, progress)
 
@@ -181,12 +181,12 @@ class RDKV(Method):
         evicted, kept = self.token_weights(keys, values, layer, positions, queries, carry)
         left = torch.zeros(len(keys), device=keys.device) if carry is None else carry.left
         levels, left = self.plan(evicted, kept, layer, left)
-        pages = rdkv_pages.pack(keys, values, levels, layer, positions)
+        packed = pack(keys, values, levels, layer, positions)
         nothing = torch.zeros(len(keys), 0, device=keys.device)
-        return pages, Budget(left, left, nothing, nothing)
+        return packed, Budget(left, left, nothing, nothing)
 
     def decompress(self, kv: Pages, layer: LayerCalibration, *, positions: Tensor) -> Decompressed:
-        keys, values, real = rdkv_pages.unpack(kv, layer, positions)
+        keys, values, real = unpack(kv, layer, positions)
         bias = torch.zeros(real.shape, device=real.device).masked_fill(~real, -torch.inf)
         return Decompressed(keys, values, bias)
 
@@ -264,7 +264,7 @@ class RDKV(Method):
         lost, noisy = (_pages(x.gather(-1, order)) for x in (evicted, kept))  # [B, H, P]
         distortion = noisy[..., None] * layer["distortion"][:, None].to(kept.device)
         distortion[..., 0] = lost
-        cost = rdkv_pages.level_bytes(layer["widths"], layer.shape.head_dim).to(kept.device)
+        cost = level_bytes(layer["widths"], layer.shape.head_dim).to(kept.device)
         return cost[:, None].expand(distortion.shape[1:]), distortion
 
     def plan(self, evicted: Tensor, kept: Tensor, layer: LayerCalibration, left: Tensor) -> tuple[Tensor, Tensor]:

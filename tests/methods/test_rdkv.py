@@ -7,13 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvtool import attention, rdkv_pages, scores
+from kvtool import attention, scores
 from kvtool.capture.sample import LayerSample
 from kvtool.errors import CaptureError, MethodOptionError
 from kvtool.methods import make_method
 from kvtool.methods.base import LayerCalibration, nbytes
 from kvtool.methods.rdkv import RDKV
-from kvtool.rdkv_fit import fit, fit_layer
+from kvtool.rdkv import pages
+from kvtool.rdkv.fit import fit, fit_layer
 from kvtool.shapes import CacheShape, LayerKind, LayerShape, Rope
 
 
@@ -137,12 +138,12 @@ def test_pages_return_every_kept_token_once_and_none_that_was_evicted(seed, T, D
     )
     levels = torch.randint(0, 8, (2, 2, T), generator=g).to(torch.uint8)
     keys, values = one.keys[None].repeat(2, 1, 1, 1), one.values[None].repeat(2, 1, 1, 1)
-    kv = rdkv_pages.pack(keys, values, levels, layer, one.positions)
-    found_keys, found_values, real = rdkv_pages.unpack(kv, layer, one.positions)
+    kv = pages.pack(keys, values, levels, layer, one.positions)
+    found_keys, found_values, real = pages.unpack(kv, layer, one.positions)
     assert torch.equal(real.sum(-1), (levels > 0).sum(-1))
     for b in range(2):
         for h in range(2):
-            tokens = rdkv_pages.kept_tokens(levels[b, h])
+            tokens = pages.kept_tokens(levels[b, h])
             exact = levels[b, h, tokens] == 7
             rows = real[b, h].nonzero().squeeze(1)
             assert torch.equal(found_keys[b, h, rows[exact]], keys[b, h, tokens[exact]].half().float())
@@ -155,10 +156,10 @@ def test_restoring_without_packing_is_packing_and_unpacking(fitted):
     one = sample(layer_shape(), T=300, seed=11)
     levels = torch.randint(0, 8, (1, 2, 300), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     keys, values = one.keys[None], one.values[None]
-    whole = rdkv_pages.restore(keys, values, levels, fitted, one.positions)
-    found = rdkv_pages.unpack(rdkv_pages.pack(keys, values, levels, fitted, one.positions), fitted, one.positions)
+    whole = pages.restore(keys, values, levels, fitted, one.positions)
+    found = pages.unpack(pages.pack(keys, values, levels, fitted, one.positions), fitted, one.positions)
     for h in range(2):
-        tokens, rows = rdkv_pages.kept_tokens(levels[0, h]), found[2][0, h]
+        tokens, rows = pages.kept_tokens(levels[0, h]), found[2][0, h]
         # the products are summed in another order: 64 terms of float32
         assert torch.allclose(whole[0][0, h, tokens], found[0][0, h, rows], atol=1e-5)
         assert torch.allclose(whole[1][0, h, tokens], found[1][0, h, rows], atol=1e-5)
@@ -167,10 +168,10 @@ def test_restoring_without_packing_is_packing_and_unpacking(fitted):
 def test_page_bytes_are_what_is_stored(fitted):
     one = sample(layer_shape(), T=64)
     for level in range(1, 8):
-        kv = rdkv_pages.pack(
+        kv = pages.pack(
             one.keys[None], one.values[None], torch.full((1, 2, 64), level, dtype=torch.uint8), fitted, one.positions
         )
-        counted = rdkv_pages.level_bytes(fitted["widths"], 64)[:, level].sum() + kv.levels.numel()
+        counted = pages.level_bytes(fitted["widths"], 64)[:, level].sum() + kv.levels.numel()
         assert nbytes(kv) == int(counted)
 
 
@@ -261,7 +262,7 @@ def test_model_scope_keeps_the_total_and_prefers_the_layer_that_needs_it():
 
 
 def test_levels_are_a_convex_ladder(fitted):
-    cost = rdkv_pages.level_bytes(fitted["widths"], 64).double()
+    cost = pages.level_bytes(fitted["widths"], 64).double()
     for h in range(2):
         real = torch.cat([torch.tensor([True]), cost[h].diff() > 0])
         slopes = fitted["distortion"][h][real].double().diff() / cost[h][real].diff()

@@ -20,8 +20,8 @@ from kvtool.allocation import lower_hull
 from kvtool.errors import CaptureError, MethodOptionError
 from kvtool.methods.base import Progress
 from kvtool.packing import GROUP, groups
-from kvtool.rdkv_layers import SINKS, Demand, demand, spread_over_layers
-from kvtool.rdkv_pages import EXACT, LEVELS, gain, gain_code, level_bytes, table_codes, table_values
+from kvtool.rdkv.layers import SINKS, Demand, demand, spread_over_layers
+from kvtool.rdkv.pages import EXACT, LEVELS, gain, gain_code, level_bytes, table_codes, table_values
 from kvtool.shapes import LayerShape
 
 if TYPE_CHECKING:
