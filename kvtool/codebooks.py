@@ -90,8 +90,20 @@ def lloyd_max(density: Density, bits: int) -> Array:
 
 def distortion(density: Density, levels: Array) -> float:
     """Mean squared error of the nearest of ``levels`` (positive half, mirrored)."""
-    nearest = levels[np.searchsorted((levels[1:] + levels[:-1]) / 2, density.points)]
-    return float(density.weights @ (density.points - nearest) ** 2)
+    return _distortion(density, _moments(density), levels)
+
+
+def _moments(density: Density) -> Array:
+    """Sums of weight, weight * x and weight * x^2 over the first n points, [3, points + 1]."""
+    powers = density.weights * density.points ** np.arange(3)[:, None]
+    return np.pad(powers.cumsum(1), ((0, 0), (1, 0)))
+
+
+def _distortion(density: Density, moments: Array, levels: Array) -> float:
+    # by cells, not by points: grids are searched for the least of a hundred of these
+    cuts = np.searchsorted(density.points, (levels[1:] + levels[:-1]) / 2, side="right")
+    mass, first, second = np.diff(moments[:, np.concatenate([[0], cuts, [len(density.points)]])])
+    return float((second - 2 * levels * first + levels**2 * mass).sum())
 
 
 def on_grid(density: Density, levels: Array) -> tuple[NDArray[np.int8], float]:
@@ -103,10 +115,13 @@ def on_grid(density: Density, levels: Array) -> tuple[NDArray[np.int8], float]:
         return np.array([1], np.int8), float(levels[0])
     odd = len(levels) == 8
     best = (np.inf, np.array([], np.int8), 0.0)
+    moments = _moments(density)
     for top in range(65, 128, 2 if odd else 1):
         step = levels[-1] / top
         codes = 2 * np.floor(levels / step / 2) + 1 if odd else np.rint(levels / step)
-        best = min(best, (distortion(density, codes * step), codes.astype(np.int8), float(step)), key=lambda b: b[0])
+        best = min(
+            best, (_distortion(density, moments, codes * step), codes.astype(np.int8), float(step)), key=lambda b: b[0]
+        )
     return best[1], best[2]
 
 
@@ -122,7 +137,8 @@ def codebook(density: Density, bits: int) -> Codebook:
 def _uniform(density: Density) -> Codebook:
     half = np.arange(128) + 0.5
     steps = np.geomspace(1 / 128, 12 / 128, 100)
-    step = float(min(steps, key=lambda step: distortion(density, half * step)))
+    moments = _moments(density)
+    step = float(min(steps, key=lambda step: _distortion(density, moments, half * step)))
     return Codebook(torch.arange(256).half() - 127.5, step, distortion(density, half * step))
 
 
