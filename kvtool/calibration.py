@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 import kvtool
+from kvtool.adapter import Adapter
 from kvtool.errors import CalibrationError
 from kvtool.methods import make_method
 from kvtool.methods.base import LayerCalibration, Method
@@ -30,6 +31,13 @@ from kvtool.shapes import CacheShape
 FORMAT = 1
 
 __all__ = ["FORMAT", "CachePolicy", "Calibration", "Header", "read_header"]
+
+
+class AdapterFile(BaseModel):
+    """The adapter that belongs to an artifact: a file in the same directory, and its sha256."""
+
+    file: str = Field(pattern=r"^[^/\\]+$")
+    sha256: str
 
 
 class Header(BaseModel):
@@ -43,18 +51,20 @@ class Header(BaseModel):
     shape: CacheShape
     policy: CachePolicy
     provenance: dict[str, Any]
+    adapter: AdapterFile | None = None
     sha256: str | None = None  # of the rest of the header and the tensors; absent in files of other writers
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A method, the tensors fitted for it, and where both come from."""
+    """A method, the tensors fitted for it, and where both come from; ``adapter`` if the model was adapted to them."""
 
     method: Method
     shape: CacheShape
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     policy: CachePolicy = field(default_factory=CachePolicy)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    adapter: Adapter | None = None
 
     def layer(self, index: int) -> LayerCalibration:
         """The share of layer ``index``."""
@@ -69,16 +79,19 @@ class Calibration:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the fitted tensors, shared by every sequence that is served."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+        """Bytes of the fitted tensors and the adapter, shared by every sequence that is served."""
+        adapter = 0 if self.adapter is None else self.adapter.nbytes
+        return adapter + sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of method, options, policy, shape and tensors; not of when and where they were made."""
+        """sha256 of method, options, policy, shape, tensors and adapter; not of when and where they were made."""
         digest = hashlib.sha256()
         digest.update(json.dumps([self.method.name, asdict(self.method), self.policy.model_dump()]).encode())
         digest.update(self.shape.model_dump_json().encode())
         _hash(digest, self.tensors)
+        if self.adapter is not None:
+            _hash(digest, self.adapter.tensors)
         return digest.hexdigest()
 
     def check_fits(self, shape: CacheShape, model: str) -> None:
@@ -98,10 +111,13 @@ class Calibration:
     def save(self, path: Path) -> Path:
         """Write to ``path`` atomically: a file beside it, then a rename. Returns the path.
 
+        An adapter goes to ``<name>.adapter.safetensors`` in the same directory.
+
         Raises:
             CalibrationError: the tensors are not those of the method's schema, or the disk refuses.
         """
         _check_schema(str(path), self.method, self.shape, self.tensors)
+        adapter = None if self.adapter is None else _save_adapter(self.adapter, path)
         header = Header(
             format=1,
             method=self.method.name,
@@ -109,6 +125,7 @@ class Calibration:
             shape=self.shape,
             policy=self.policy,
             provenance={"kvtool": kvtool.__version__, "created": _now(), **self.provenance},
+            adapter=adapter,
         )
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
         header = header.model_copy(update={"sha256": _content_sha256(header.model_dump_json(), tensors)})
@@ -135,7 +152,7 @@ class Calibration:
 
         Raises:
             CalibrationError: not an artifact, an unknown format or method, contents other than its hash says, a tensor
-                that differs from the schema, or a value that is not finite.
+                that differs from the schema, a value that is not finite, or an adapter that is not the one it names.
         """
         header = read_header(path)
         method = make_method(header.method, header.options, where=str(path))
@@ -152,7 +169,9 @@ class Calibration:
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise CalibrationError(f"{path}: {name}: expected finite numbers, found NaN or infinity; fit it again")
-        return cls(method, header.shape, tensors, header.policy, header.provenance)
+        named = header.adapter
+        adapter = None if named is None else Adapter.load(path.parent / named.file, named.sha256)
+        return cls(method, header.shape, tensors, header.policy, header.provenance, adapter)
 
 
 def read_header(path: Path) -> Header:
@@ -183,6 +202,14 @@ def read_header(path: Path) -> Header:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise CalibrationError(f"{path}: metadata {where}: {first['msg']}; fit it again") from error
+
+
+def _save_adapter(adapter: Adapter, path: Path) -> AdapterFile:
+    beside = path.with_name(f"{path.stem}.adapter.safetensors")
+    try:
+        return AdapterFile(file=beside.name, sha256=adapter.save(beside))
+    except OSError as error:
+        raise CalibrationError(f"{beside}: cannot write the adapter: {error}") from error
 
 
 def _check_schema(where: str, method: Method, shape: CacheShape, tensors: Mapping[str, Tensor]) -> None:

@@ -7,7 +7,8 @@ What was learnt from data must beat the same method without data there, or the l
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -19,6 +20,7 @@ from kvtool.calibration import CachePolicy, Calibration
 from kvtool.capture import Capture, LayerSample
 from kvtool.errors import CaptureError
 from kvtool.methods.base import Method, Progress
+from kvtool.models import LoadedModel, load_model
 from kvtool.packing import PAGE
 
 QUERY_BLOCK = 32  # queries whose errors count as one observation: neighbours are alike
@@ -62,12 +64,14 @@ def fit(
     policy: CachePolicy | None = None,
     out: Path | None = None,
     command: str | None = None,
+    model: Callable[[], LoadedModel] | None = None,
     progress: Progress | None = None,
 ) -> FitReport:
     """Fit ``method`` to ``capture``, compare with its data-free self on held-out tokens, write the better artifact.
 
     out: default ``$KVTOOL_HOME/calibrations/<model>-<method>-<options>.safetensors``. The file becomes the newest
     calibration. ``command`` is recorded in its provenance.
+    model: loads the model that was captured, for a method that adapts it; default: by the name in the capture.
 
     Raises:
         CaptureError: layers are missing from the capture, or it is too short.
@@ -113,13 +117,20 @@ def fit(
     }
     if raced is not None:
         provenance["held_out"] = raced.record
-    calibration = Calibration(chosen.method, chosen.shape, chosen.tensors, policy, provenance)
+    loader = model or partial(load_model, manifest.model, revision=manifest.revision)
+    tuned = chosen.method.tune(chosen, capture, model=loader, stop=shown.stop, progress=progress)
+    if tuned is not None:
+        chosen = tuned.apply(chosen)
+        provenance["finetune"] = tuned.record()
+    calibration = replace(chosen, provenance=provenance)
     path = calibration.save(out or default_path(manifest.model, chosen.method))
     home.remember("calibration", path)
     scores = tuple(
         LayerScore(i, float(e[0].mean()), float(e[1].mean()) if len(e) > 1 else None) for i, e in errors.items()
     )
     verdict = _verdict(method, summary) if raced is None else raced.verdict
+    if tuned is not None:
+        verdict = f"{verdict}; {tuned.verdict}"
     return FitReport(calibration, path, verdict, kept, scores, **summary)
 
 

@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from kvtool import attention
+from kvtool.adapter import adapted
 from kvtool.attention import Attended
 from kvtool.backends import Backend, choose_backend
 from kvtool.calibration import Calibration
@@ -319,10 +320,11 @@ _served: dict[int, CompressedCache] = {}
 def serve(model: PreTrainedModel, calibration: Calibration, *, backend: str = "auto") -> Iterator[CompressedCache]:
     """Within the context, ``model`` attends from the cache this yields; pass it as ``past_key_values``.
 
-    ``backend`` is auto, reference, triton or gluon. The model's own attention is restored on leaving.
+    ``backend`` is auto, reference, triton or gluon. The artifact's adapter, if it has one, is applied. The model is as
+    it was on leaving.
 
     Raises:
-        CalibrationError: the artifact was made for another shape.
+        CalibrationError: the artifact was made for another shape, or its adapter for other weights.
         ModelError: the model is being served already, or its attention does not go through transformers' interface.
         BackendError: the back end asked for cannot run here.
     """
@@ -335,7 +337,7 @@ def serve(model: PreTrainedModel, calibration: Calibration, *, backend: str = "a
         raise ModelError("this model is being served already; leave that context first")
     _served.update(dict.fromkeys(configs, cache))
     try:
-        with _attention(model, "kvtool", _serve_attention):
+        with adapted(model, calibration.adapter), _attention(model, "kvtool", _serve_attention):
             yield cache
     finally:
         for config in configs:

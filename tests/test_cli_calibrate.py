@@ -33,7 +33,7 @@ def test_json_has_the_documented_keys(captured, tmp_path, capsys):
     record = json.loads(capsys.readouterr().out)
     assert set(record) == {
         *("path", "method", "options", "policy", "model", "capture", "kept", "verdict"),
-        *("fitted", "data_free", "difference", "standard_error", "layers"),
+        *("fitted", "data_free", "difference", "standard_error", "finetune", "layers"),
     }
     assert record["path"] == str(tmp_path / "a.safetensors")
     assert (record["options"]["k_bits"], record["options"]["v_bits"]) == (4, 2)

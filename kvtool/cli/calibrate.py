@@ -4,6 +4,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,6 +39,11 @@ def calibrate(
         Path | None,
         typer.Option(help="File to write. Default: $KVTOOL_HOME/calibrations/MODEL-METHOD-BITS.safetensors."),
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="The model to fine-tune, if the capture's name does not find it.", show_default=False),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where a fine-tune runs: auto, cpu or cuda.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Fit a method to a capture and write the artifact; on held-out tokens it must beat itself without data.
@@ -49,11 +55,13 @@ def calibrate(
     from kvtool.capture import Capture
     from kvtool.fitting import fit
     from kvtool.methods import make_method
+    from kvtool.models import load_model
 
     options = bit_options(method, bits, k_bits, v_bits, given=option or [])
     chosen = make_method(method, options)
     path = capture or home.newest("capture", "kvtool capture")
     data = Capture.open(path)
+    manifest = data.manifest
     exact = () if exact_layers == "none" else tuple(units.parse_indices(exact_layers, len(data.shape.layers)))
     talk.print(f"fitting {method} to {path}")
     with progress("calibrating") as report:
@@ -63,6 +71,7 @@ def calibrate(
             policy=CachePolicy(sinks=sinks, window=window, exact_layers=exact),
             out=out,
             command=shlex.join(["kvtool", *sys.argv[1:]]),
+            model=partial(load_model, model or manifest.model, revision=manifest.revision, device=device),
             progress=report,
         )
     talk.print(f"{made.verdict}; written to {made.path}", soft_wrap=True)
@@ -122,6 +131,7 @@ def _record(made: "FitReport") -> dict[str, Any]:
         "data_free": made.data_free,
         "difference": made.difference,
         "standard_error": made.standard_error,
+        "finetune": calibration.provenance.get("finetune"),
         "layers": [asdict(score) for score in made.scores],
     }
 

@@ -15,7 +15,7 @@ from kvtool import attention
 from kvtool.errors import InputError
 from kvtool.evaluate.contestants import Contestant
 from kvtool.evaluate.kld import TokenScores, compare, join
-from kvtool.evaluate.reference import Segment
+from kvtool.evaluate.reference import Segment, own_prefill
 from kvtool.runtime import CacheBytes, CompressedCache, Prefill, serve
 
 # relative L2; a lossy layer that reproduces attention better than this was not read back from what was stored
@@ -47,10 +47,11 @@ def score_segment(
         InputError: the prefix is so short that nothing would be compressed.
     """
     assert contestant.calibration is not None
-    started = time.perf_counter()
     prefix = segment.prefill.cache.get_seq_length()
+    prefill = own_prefill(model, contestant.calibration, segment.ids[:, :prefix], segment.prefill)
+    started = time.perf_counter()
     with _peak(model.device, tally), serve(model, contestant.calibration, backend=backend) as cache:
-        cache.adopt(segment.prefill)
+        cache.adopt(prefill)
         if not any(layer.parts.tokens for _, layer in cache.compressed_layers()):
             policy = contestant.calibration.policy
             raise InputError(
@@ -59,7 +60,7 @@ def score_segment(
             )
         if tally.nbytes is None:
             tally.nbytes, tally.backend = cache.nbytes(), cache.backend.name
-        tally.attention.append(attention_errors(cache, segment.prefill))
+        tally.attention.append(attention_errors(cache, prefill))
         parts, position = [], 0
         for ids in segment.ids[:, prefix:-1].split(chunk, 1):
             logits = model(ids, past_key_values=cache, use_cache=True).logits[0]

@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
+from kvtool.adapter import adapted
+from kvtool.calibration import Calibration
 from kvtool.home import home
 from kvtool.runtime import Prefill, exact_prefill
 
@@ -99,6 +101,14 @@ def segments(model: PreTrainedModel, ids: Tensor, store: Store, *, prefix: int, 
             segment, tensors = _compute(model, row[None], prefix, chunk, segments=len(ids))
             store.save(str(i), tensors)
         yield segment
+
+
+def own_prefill(model: PreTrainedModel, calibration: Calibration, ids: Tensor, prefill: Prefill) -> Prefill:
+    """``prefill`` of ``ids``, or another one if the calibration adapts the model, which then has other keys."""
+    if calibration.adapter is None:
+        return prefill
+    with adapted(model, calibration.adapter):
+        return exact_prefill(model, ids, chunk=PREFILL_CHUNK)
 
 
 def fork(cache: Cache) -> Cache:

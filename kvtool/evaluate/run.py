@@ -14,7 +14,7 @@ from kvtool.evaluate.contestants import Contestant
 from kvtool.evaluate.kld import drift
 from kvtool.evaluate.measure import Tally, begin_of_text, problems, score_segment, take_segments
 from kvtool.evaluate.passkey import Outcome, answer, make_prompts, recall
-from kvtool.evaluate.reference import PREFILL_CHUNK, Store, fork, segments
+from kvtool.evaluate.reference import PREFILL_CHUNK, Store, fork, own_prefill, segments
 from kvtool.evaluate.rows import Row
 from kvtool.models import LoadedModel
 from kvtool.runtime import CacheBytes, exact_prefill, serve
@@ -175,8 +175,9 @@ class _Run:
             self.step()
             for one in self.compressed:
                 assert one.calibration is not None
+                adopted = own_prefill(model, one.calibration, ids, prefill)
                 with serve(model, one.calibration, backend=protocol.backend) as cache:
-                    cache.adopt(prefill)
+                    cache.adopt(adopted)
                     sizes[one.name] = cache.nbytes()
                     outcomes[one.name].append(answer(model, cache, prompt, chunk=protocol.chunk))
                 self.rows[one.name]["backend"] = cache.backend.name

@@ -16,7 +16,10 @@ from kvtool.attention import Attended
 from kvtool.shapes import CacheShape, LayerShape, Rope, TensorSpec
 
 if TYPE_CHECKING:
+    from kvtool.calibration import Calibration
     from kvtool.capture import Capture, LayerSample
+    from kvtool.finetune import Tuned
+    from kvtool.models import LoadedModel
     from kvtool.policy import CachePolicy
     from kvtool.race import Raced
 
@@ -123,6 +126,18 @@ class Method(ABC):
         report: Callable[[int], None] | None = None,
     ) -> "Raced | None":
         """Choose between what was fitted and its rivals on tokens from ``start`` on; None: there is no choice."""
+        return None
+
+    def tune(
+        self,
+        calibration: "Calibration",
+        capture: "Capture",
+        *,
+        model: "Callable[[], LoadedModel]",
+        stop: int,
+        progress: Progress | None = None,
+    ) -> "Tuned | None":
+        """Adapt the model, which ``model`` loads, to what was fitted, on tokens before ``stop``. None: it stays."""
         return None
 
     def data_free(self) -> "Self | None":

@@ -15,7 +15,7 @@ almost uniformly. ``score=cosine`` keeps the key's norm, maps a to a cosine and 
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple, Self
 
@@ -29,12 +29,15 @@ from kvtool.attention import Attended
 from kvtool.centring import Centre
 from kvtool.errors import CaptureError
 from kvtool.methods import affine
-from kvtool.methods.base import Carry, Decompressed, LayerCalibration, Method
+from kvtool.methods.base import Carry, Decompressed, LayerCalibration, Method, Progress
 from kvtool.methods.finite import require_finite
 from kvtool.shapes import LayerShape, Rope, TensorSpec
 
 if TYPE_CHECKING:
-    from kvtool.capture import LayerSample
+    from kvtool.calibration import Calibration
+    from kvtool.capture import Capture, LayerSample
+    from kvtool.finetune import Tuned
+    from kvtool.models import LoadedModel
 
 
 class H1BKV(NamedTuple):
@@ -74,10 +77,28 @@ class H1B(Method):
     score: Literal["cosine", "published"] = Field("cosine", description="a calibrated logit, or the bare agreement")
     mean: Centre = Field("rotated", description="mean removed from keys before the sketch")
     seed: int = Field(0, ge=0, description="of the projection")
+    finetune_steps: int = Field(0, ge=0, le=100_000, description="LoRA steps that adapt the model to it; 0: none")
+    finetune_rank: int = Field(8, ge=1, le=256, description="rank of the adapter")
+    finetune_tokens: int = Field(512, ge=128, le=8192, description="tokens of text per step")
 
     def data_free(self) -> Self | None:
         free = replace(self, mean="none", score="published")
         return None if free == self else free
+
+    def tune(
+        self,
+        calibration: "Calibration",
+        capture: "Capture",
+        *,
+        model: "Callable[[], LoadedModel]",
+        stop: int,
+        progress: Progress | None = None,
+    ) -> "Tuned | None":
+        if not self.finetune_steps:
+            return None
+        from kvtool.finetune import finetune
+
+        return finetune(model(), calibration, capture, stop=stop, progress=progress)
 
     def compress(
         self,
@@ -90,7 +111,7 @@ class H1B(Method):
         carry: Carry = None,
     ) -> tuple[H1BKV, Carry]:
         D = layer.shape.head_dim
-        centred = keys.float() - self._mean(layer, positions)
+        centred = keys.float() - self.removed(layer, positions)
         norms = packing.pack_tokens(centred.norm(dim=-1)).half()
         value_codes, scales, minima = affine.encode(values, self.v_bits, "token", 0)
         kv = H1BKV(
@@ -128,7 +149,7 @@ class H1B(Method):
         tau = layer["temperature"].reshape(H, HQ // H, 1, 1)
         # Ham = b (1 - a) / 2, so the angle is pi (1 - a) / 2 and its cosine sin(pi a / 2)
         estimate = tau * q.norm(dim=-1, keepdim=True) * norms * torch.sin(math.pi / 2 * a)
-        removed = self._mean(layer, positions)
+        removed = self.removed(layer, positions)
         if isinstance(removed, Tensor):
             estimate = estimate + q @ removed[:, None].mT
         return scale * estimate
@@ -157,14 +178,15 @@ class H1B(Method):
         norms = (
             packing.unpack_tokens(kv.key_norms).float() if self.score == "cosine" else bits.new_ones(bits.shape[:-1])
         )
-        return Decompressed(norms[..., None] * direction + self._mean(layer, positions), self._values(kv, layer))
+        return Decompressed(norms[..., None] * direction + self.removed(layer, positions), self._values(kv, layer))
 
     def _values(self, kv: H1BKV, layer: LayerCalibration) -> Tensor:
         D = layer.shape.head_dim
         codes = packing.unpack_values(kv.value_pages, [self.v_bits] * packing.groups(D), D)
         return affine.decode(codes, kv.value_scales, kv.value_minima, "token", 0)
 
-    def _mean(self, layer: LayerCalibration, positions: Tensor) -> Tensor | float:
+    def removed(self, layer: LayerCalibration, positions: Tensor) -> Tensor | float:
+        """What is subtracted from the keys at ``positions`` [T]: float32 [H, T, D], or nothing."""
         return 0.0 if self.mean == "none" else centring.at(layer["key_mean"], self.mean, layer.rope, positions)
 
     def _key_widths(self, head_dim: int) -> list[int]:
@@ -208,7 +230,7 @@ class H1B(Method):
             exact = attention.logits(queries, keys, scale=shape.scale)[..., centring.SINKS :].log_softmax(-1)
             # tau scales the sketched part alone, so the two parts are kept apart
             estimate = self.logits(queries, kv, layer, positions=positions, scale=shape.scale)
-            removed = self._mean(layer, positions)
+            removed = self.removed(layer, positions)
             fixed = (
                 0.0 if not isinstance(removed, Tensor) else attention.logits(queries, removed[None], scale=shape.scale)
             )
