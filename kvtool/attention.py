@@ -49,9 +49,14 @@ def attend(
 
 def from_logits(scores: Tensor, values: Tensor) -> Attended:
     """Attention with the final logits ``scores`` [B, H, G, S, T] over ``values`` [B, H, T, D], for estimators."""
-    lse = scores.logsumexp(-1)
-    weights = (scores - lse[..., None]).nan_to_num_(nan=-torch.inf).exp()
-    out = weights @ values[:, :, None].to(weights.dtype)  # [B, H, G, S, D]
+    limits = torch.finfo(scores.dtype)
+    # finite also where no token is visible; one exponential serves weights and sum
+    top = scores.amax(-1, keepdim=True).clamp(min=limits.min)
+    weights = (scores - top).exp_()
+    total = weights.sum(-1, keepdim=True)
+    summed = (weights.flatten(2, 3) @ values.to(weights.dtype)).unflatten(2, weights.shape[2:4])
+    out = summed / total.clamp(min=limits.tiny)  # [B, H, G, S, D]
+    lse = (total.log() + top).squeeze(-1)
     return Attended(out.flatten(1, 2), lse.flatten(1, 2))
 
 
@@ -60,8 +65,9 @@ def logits(queries: Tensor, keys: Tensor, *, scale: float, softcap: float | None
     B, HQ, S, D = queries.shape
     H = keys.shape[1]
     dtype = torch.promote_types(torch.promote_types(queries.dtype, keys.dtype), torch.float32)
-    grouped = queries.reshape(B, H, HQ // H, S, D).to(dtype)
-    scores = grouped @ keys[:, :, None].to(dtype).mT * scale
+    # the query heads of a group as rows of one product: broadcasting would copy the keys for each of them
+    grouped = queries.reshape(B, H, HQ // H * S, D).to(dtype) * scale
+    scores = (grouped @ keys.to(dtype).mT).unflatten(2, (HQ // H, S))
     return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
