@@ -119,9 +119,8 @@ def on_grid(density: Density, levels: Array) -> tuple[NDArray[np.int8], float]:
     for top in range(65, 128, 2 if odd else 1):
         step = levels[-1] / top
         codes = 2 * np.floor(levels / step / 2) + 1 if odd else np.rint(levels / step)
-        best = min(
-            best, (_distortion(density, moments, codes * step), codes.astype(np.int8), float(step)), key=lambda b: b[0]
-        )
+        error = _distortion(density, moments, codes * step)
+        best = min(best, (error, codes.astype(np.int8), float(step)), key=lambda b: b[0])
     return best[1], best[2]
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from scipy import stats
+from scipy import special
 from torch import Tensor
 
 from kvtool import attention
@@ -30,7 +30,8 @@ QUERY_BLOCK = 32  # neighbouring queries are alike: their errors count as one ob
 _ASKED = 256  # queries after the prompt, at most
 _TUNE_TOKENS, _TUNE_ASKED = 1024, 128  # what a choice is tuned on: it is made many times
 _LEAST = 128  # compressed tokens below which nothing is decided
-_TUNED = (("second-order", 4.0), ("second-order", 16.0), ("second-order", 64.0), ("paper", 4.0), ("paper", 16.0))
+_TUNED = {"second-order": (4.0, 16.0, 64.0), "paper": (4.0, 16.0)}  # costs of eviction for each family of weights
+_ONE = torch.tensor(1.0)
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,13 @@ class Scene(NamedTuple):
     sinks: int
 
 
+class Plan(NamedTuple):
+    """What rdkv does with a scene: the level of each token, uint8 [1, H, T], and the bytes [1] it did not spend."""
+
+    levels: Tensor
+    left: Tensor
+
+
 def race(
     method: "RDKV",
     capture: "Capture",
@@ -84,13 +92,15 @@ def race(
             layer, tuned[i] = _tune(method, layer, tuning, worth)
             tensors |= {f"layers.{i}.{field}": layer[field] for field in ("family", "eviction")}
         scenes = [s for s in (scene(x, policy, start, x.keys.shape[1]) for x in samples) if s]
-        if scenes:
-            maps = [_allocated(_levels(method, layer, one)[0], layer) for one in scenes]
-            tensors[f"layers.{i}.allocated"] = torch.stack(maps).mean(0)
+        maps = []
         for held in scenes:
-            for name, (found, size) in _contest(method, layer, held).items():
+            chosen = _plan(method, layer, held)
+            maps.append(_allocated(chosen.levels, layer))
+            for name, (found, size) in _contest(method, layer, held, chosen).items():
                 errors.setdefault(name, []).append(_by_block(found, held.exact.out, worth))
                 bits.setdefault(name, []).append(size)
+        if maps:
+            tensors[f"layers.{i}.allocated"] = torch.stack(maps).mean(0)
         if report:
             report(done + 1)
     if not errors:
@@ -164,63 +174,73 @@ def _tune(
 ) -> tuple[LayerCalibration, str]:
     """The family of weights and the cost of eviction that serve this layer best on fitted text, unless chosen."""
     best, chosen = math.inf, layer
-    for family, eviction in _TUNED:
-        if method.weights not in ("auto", family) or (method.eviction is not None and eviction != _TUNED[0][1]):
+    for family, costs in _TUNED.items():
+        if method.weights not in ("auto", family):
             continue
-        settings = {
-            "family": torch.tensor(method.families.index(family), dtype=torch.uint8),
-            "eviction": torch.tensor(eviction if method.eviction is None else method.eviction),
-        }
-        candidate = replace(layer, tensors={**layer.tensors, **settings})
-        error = sum(float(_by_block(_mixed(method, candidate, one)[0], one.exact.out, worth).mean()) for one in scenes)
-        if error < best:
-            best, chosen = error, candidate
+        unit = _with(layer, family=torch.tensor(method.families.index(family), dtype=torch.uint8), eviction=_ONE)
+        weights = [_weights(method, unit, one) for one in scenes]
+        for eviction in costs if method.eviction is None else (method.eviction,):
+            candidate = _with(unit, eviction=torch.tensor(eviction))
+            error = 0.0
+            for one, (lost, noisy) in zip(scenes, weights, strict=True):
+                plan = Plan(*method.plan(lost * eviction, noisy, candidate, torch.zeros(1)))
+                error += float(_by_block(_mixed(candidate, one, plan)[0], one.exact.out, worth).mean())
+            if error < best:
+                best, chosen = error, candidate
     return chosen, f"{method.families[int(chosen['family'])]} x{float(chosen['eviction']):g}"
 
 
-def _contest(method: "RDKV", layer: LayerCalibration, one: Scene) -> dict[str, tuple[Tensor, float]]:
-    """Attention output and bits per value of every contestant."""
-    found = {"rdkv": _mixed(method, layer, one)}
-    for family in method.families:
-        kind = torch.tensor(method.families.index(family), dtype=torch.uint8)
-        if method.weights == "auto":
-            other = replace(layer, tensors={**layer.tensors, "family": kind})
-            found[f"rdkv {family}"] = _mixed(method, other, one)
+def _contest(method: "RDKV", layer: LayerCalibration, one: Scene, chosen: Plan) -> dict[str, tuple[Tensor, float]]:
+    """Attention output and bits per value of every contestant; ``chosen`` is what rdkv does here."""
+    found = {"rdkv": _mixed(layer, one, chosen)}
+    for kind, family in enumerate(method.families if method.weights == "auto" else ()):
+        other = _with(layer, family=torch.tensor(kind, dtype=torch.uint8))
+        own = kind == int(layer["family"])
+        found[f"rdkv {family}"] = found["rdkv"] if own else _mixed(other, one, _plan(method, other, one))
     tokens = torch.ones(one.keys.shape[:3], dtype=torch.uint8)
-    coded = {
-        width: restore(one.keys, one.values, tokens, uniform(layer, width, width), one.positions) for width in WIDTHS
-    }
     overhead = 3 / (2 * layer.shape.head_dim)
-    for k in WIDTHS:
-        pairs = {v: _bits(uniform(layer, k, v)) + overhead for v in WIDTHS}
-        fitting = [v for v in WIDTHS if pairs[v] <= 16 * float(layer["fraction"]) + 1e-6]
-        if not fitting:
+    pairs = {(k, v): _bits(uniform(layer, k, v)) + overhead for k in WIDTHS for v in WIDTHS}
+    fitting = {pair: bits for pair, bits in pairs.items() if bits <= 16 * float(layer["fraction"]) + 1e-6}
+    coded = {
+        width: restore(one.keys, one.values, tokens, uniform(layer, width, width), one.positions)
+        for width in sorted({width for pair in fitting for width in pair})
+    }
+    for k in coded:
+        widths = [v for v in coded if (k, v) in fitting]
+        if not widths:
             continue
         # one softmax serves every width of the values
-        values = torch.cat([coded[v][1] for v in fitting], -1)
+        values = torch.cat([coded[v][1] for v in widths], -1)
         part = attention.attend(one.asked, coded[k][0], values, scale=layer.shape.scale, softcap=layer.shape.softcap)
-        for v, out in zip(fitting, part.out.chunk(len(fitting), -1), strict=True):
-            found[f"k{k}v{v}"] = attention.merge(one.rest, Attended(out, part.lse)).out, pairs[v]
+        for v, out in zip(widths, part.out.chunk(len(widths), -1), strict=True):
+            found[f"k{k}v{v}"] = attention.merge(one.rest, Attended(out, part.lse)).out, fitting[k, v]
     scale, softcap = layer.shape.scale, layer.shape.softcap
     part = attention.attend(one.asked, _fp8(one.keys), _fp8(one.values), scale=scale, softcap=softcap)
     found["fp8"] = attention.merge(one.rest, part).out, 8.0
     return found
 
 
-def _mixed(method: "RDKV", layer: LayerCalibration, one: Scene) -> tuple[Tensor, float]:
-    levels, left = _levels(method, layer, one)
-    keys, values = restore(one.keys, one.values, levels, layer, one.positions)
-    bias = torch.zeros(levels.shape).masked_fill(levels == 0, -torch.inf)
+def _mixed(layer: LayerCalibration, one: Scene, plan: Plan) -> tuple[Tensor, float]:
+    """Attention output and bits per value of one allocation."""
+    keys, values = restore(one.keys, one.values, plan.levels, layer, one.positions)
+    bias = torch.zeros(plan.levels.shape).masked_fill(plan.levels == 0, -torch.inf)
     part = attention.attend(one.asked, keys, values, bias, scale=layer.shape.scale, softcap=layer.shape.softcap)
     H, T, D = one.keys.shape[1:]
-    spent = 4 * H * T * D * float(layer["fraction"]) - float(left)
+    spent = 4 * H * T * D * float(layer["fraction"]) - float(plan.left)
     return attention.merge(one.rest, part).out, 4 * spent / (H * T * D)
 
 
-def _levels(method: "RDKV", layer: LayerCalibration, one: Scene) -> tuple[Tensor, Tensor]:
+def _plan(method: "RDKV", layer: LayerCalibration, one: Scene) -> Plan:
+    return Plan(*method.plan(*_weights(method, layer, one), layer, torch.zeros(1)))
+
+
+def _weights(method: "RDKV", layer: LayerCalibration, one: Scene) -> tuple[Tensor, Tensor]:
     carry = method.begin(one.before, one.around_keys, one.around_values, layer, sinks=one.sinks)
-    weights = method.token_weights(one.keys, one.values, layer, one.positions, one.before, carry)
-    return method.plan(*weights, layer, torch.zeros(1))
+    return method.token_weights(one.keys, one.values, layer, one.positions, one.before, carry)
+
+
+def _with(layer: LayerCalibration, **tensors: Tensor) -> LayerCalibration:
+    return replace(layer, tensors={**layer.tensors, **tensors})
 
 
 def _allocated(levels: Tensor, layer: LayerCalibration) -> Tensor:
@@ -231,7 +251,7 @@ def _allocated(levels: Tensor, layer: LayerCalibration) -> Tensor:
 
 def uniform(layer: LayerCalibration, k: int, v: int) -> LayerCalibration:
     """The same layer with one level besides eviction: every token at ``k`` bits for keys and ``v`` for values."""
-    return replace(layer, tensors={**layer.tensors, **_uniform(layer["widths"], k, v)})
+    return _with(layer, **_uniform(layer["widths"], k, v))
 
 
 def _uniform(widths: Tensor, k: int, v: int) -> dict[str, Tensor]:
@@ -335,5 +355,5 @@ def _against(row: _Row, mix: _Row) -> dict[str, float]:
     n, middle = len(logs), float(logs.mean())
     if n < 2:
         return {"ratio": math.exp(middle), "low": 0.0, "high": math.inf}
-    half = float(stats.t.ppf(0.975, n - 1) * logs.std() / math.sqrt(n))
+    half = float(special.stdtrit(n - 1, 0.975) * logs.std() / math.sqrt(n))
     return {"ratio": math.exp(middle), "low": math.exp(middle - half), "high": math.exp(middle + half)}
