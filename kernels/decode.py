@@ -9,6 +9,9 @@ scores is the operand layout of the weights, which are quantised the same way fo
     p_t = 2^(x_t - m);  l = sum p_t            m: running maximum
     w_t = round(32512 p_t v_t / u)             v_t: scale of token t, u: running maximum of v
     o   = u / 32512 * (sum w_t byte_t - OFFSET sum w_t)
+
+Where every group of channels has its own gain (GAINS), k, v, u and w are those of the group: its score is scaled
+before it is added to the others', and its values meet weights of their own.
 """
 
 import triton
@@ -22,19 +25,19 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit(do_not_specialize=["splits"])
 def decode(
-    QUERY,  # int8 [programs, groups, 2*ROWS, 32], high and low bytes in tiles of 8 + 8 rows
+    QUERY,  # int8 [programs, KEY_GROUPS, 2*ROWS, 32], high and low bytes in tiles of 8 + 8 rows
     QUERY_SCALE,  # float32 [programs, ROWS]
-    QUERY_START,  # int32 [programs, ROWS], what the offsets of the levels contribute to every score
+    QUERY_START,  # int32 [programs, 1 or KEY_GROUPS, ROWS], what the offsets of the levels contribute to every score
     KEY_PAGES,  # int32 words, page p of head h of sequence b at b*key_b + h*key_h + p*key_p
     VALUE_PAGES,
-    KEY_SCALES,  # float16, 64 a page
+    KEY_SCALES,  # float16, 64 a page; with GAINS int32 words of 8 codes of 4 bits, 8 a page and group
     VALUE_SCALES,
     KEY_TABLE,
     VALUE_TABLE,
     PAGES,  # int32 [B], pages in use
     PAGE_TABLE,  # int32 [B, capacity] or unused
     BIAS,  # float32 [programs, ROWS, T], added to the logits before the cap, or unused
-    OUT,  # float32 [programs, splits, ROWS, 32*groups]
+    OUT,  # float32 [programs, splits, ROWS, 32*VALUE_GROUPS]
     LSE,  # float32 [programs, splits, ROWS], log2
     splits,
     key_b,
@@ -43,16 +46,24 @@ def decode(
     value_b,
     value_h,
     value_p,
-    scale_b,
-    scale_h,
-    scale_p,
+    key_scale_b,
+    key_scale_h,
+    key_scale_p,
+    value_scale_b,
+    value_scale_h,
+    value_scale_p,
     table_b,
     bias_row,
     softcap,
+    KINDS,  # uint8, page p of head h of sequence b at b*kind_b + h*kind_h + p, or unused
+    kind_b,
+    kind_h,
+    kind,  # the pages of this kind are read, the others are not
     H: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,  # of ROWS queries, per KV head
-    GROUPS: tl.constexpr,
+    KEY_GROUPS: tl.constexpr,
+    VALUE_GROUPS: tl.constexpr,
     KEY_WIDTHS: tl.constexpr,
     VALUE_WIDTHS: tl.constexpr,
     KEY_OFFSETS: tl.constexpr,  # of the groups' units in a page, words
@@ -61,6 +72,8 @@ def decode(
     PAGED: tl.constexpr,
     BIASED: tl.constexpr,
     CAPPED: tl.constexpr,
+    GAINS: tl.constexpr,
+    KINDED: tl.constexpr,
     PDL: tl.constexpr,
     STAGES: tl.constexpr,
     WARPS: tl.constexpr,
@@ -81,47 +94,65 @@ def decode(
         gdc_launch_dependents()
         gdc_wait()
     scale = tl.load(QUERY_SCALE + program * ROWS + rows)[None, :, None]
-    start = tl.load(QUERY_START + program * ROWS + rows)
-    # the low rows of each tile of 16 carry the start
-    start = tl.join(start * 0, start).reshape(ROWS // 8, 8, 2).permute(0, 2, 1).reshape(2 * ROWS)
-    start = start[None, :, None] + tl.zeros([WARPS, 2 * ROWS, 64], tl.int32)
+    starts = ()
+    for i in tl.static_range(KEY_GROUPS if GAINS else 1):
+        start = tl.load(QUERY_START + (program * (KEY_GROUPS if GAINS else 1) + i) * ROWS + rows)
+        # the low rows of each tile of 16 carry the start
+        start = tl.join(start * 0, start).reshape(ROWS // 8, 8, 2).permute(0, 2, 1).reshape(2 * ROWS)
+        starts = starts + (start[None, :, None] + tl.zeros([WARPS, 2 * ROWS, 64], tl.int32),)
     queries = ()
-    for i in tl.static_range(GROUPS):
-        at = (program * GROUPS + i) * (2 * ROWS * 32)
+    for i in tl.static_range(KEY_GROUPS):
+        at = (program * KEY_GROUPS + i) * (2 * ROWS * 32)
         at += tl.arange(0, 2 * ROWS)[:, None] * 32 + tl.arange(0, 32)[None, :]
         queries = queries + (tl.load(QUERY + at)[None, :, :].broadcast_to(WARPS, 2 * ROWS, 32),)
 
     m = tl.full([WARPS, ROWS], -1e30, tl.float32)
-    u = tl.full([WARPS], 2.0**-24, tl.float32)
     l = tl.zeros([WARPS, ROWS, 4], tl.float32)  # one partial sum a lane of the quad
-    total = tl.zeros([WARPS, ROWS, 4], tl.float32)
+    u = ()
+    total = ()
+    for i in tl.static_range(VALUE_GROUPS if GAINS else 1):
+        u = u + (tl.full([WARPS], 2.0**-24, tl.float32),)
+        total = total + (tl.zeros([WARPS, ROWS, 4], tl.float32),)
     out = ()
-    for i in tl.static_range(GROUPS):
+    for i in tl.static_range(VALUE_GROUPS):
         out = out + (tl.zeros([WARPS, ROWS, 32], tl.float32),)
 
     mine = tl.arange(0, WARPS)[:, None]
     for step in tl.range(first, last, WARPS, num_stages=STAGES):
         page = step + mine
         used = page < last
+        if KINDED:
+            used = used & (tl.load(KINDS + b * kind_b + h * kind_h + page, mask=used, other=0).to(tl.int32) == kind)
         if PAGED:
             where = tl.load(PAGE_TABLE + b * table_b + page, mask=used, other=0).to(tl.int64)
         else:
             where = page.to(tl.int64)
         key_at = KEY_PAGES + b * key_b + h * key_h + where * key_p
         value_at = VALUE_PAGES + b * value_b + h * value_h + where * value_p
-        scale_at = b * scale_b + h * scale_h + where * scale_p + tl.arange(0, 64)[None, :]
-        loaded = used & (tl.arange(0, 64) >= 0)[None, :]
-        k = _score_order(tl.load(KEY_SCALES + scale_at, mask=loaded, other=0.0).to(tl.float32), WARPS)
-        v = _score_order(tl.load(VALUE_SCALES + scale_at, mask=loaded, other=0.0).to(tl.float32), WARPS)
-
-        score = start
-        for i in tl.static_range(GROUPS):
-            if KEY_WIDTHS[i] > 0:
-                words = load_unit(key_at + KEY_OFFSETS[i], used, KEY_WIDTHS[i])
-                unit = key_operand(fragments(words, key_table, KEY_WIDTHS[i], WARPS, ASM), WARPS)
-                score = tl.dot(queries[i], unit, score, out_dtype=tl.int32)
-        high, low = _halves(score, WARPS, ROWS, 64)
-        x = (high * 128 + low).to(tl.float32) * k[:, None, :]
+        scale_at = b * key_scale_b + h * key_scale_h + where * key_scale_p
+        if GAINS:
+            value_scale_at = VALUE_SCALES + b * value_scale_b + h * value_scale_h + where * value_scale_p
+            x = tl.zeros([WARPS, ROWS, 64], tl.float32)
+            for i in tl.static_range(KEY_GROUPS):
+                if KEY_WIDTHS[i] > 0:
+                    words = load_unit(key_at + KEY_OFFSETS[i], used, KEY_WIDTHS[i])
+                    unit = key_operand(fragments(words, key_table, KEY_WIDTHS[i], WARPS, ASM), WARPS)
+                    score = tl.dot(queries[i], unit, starts[i], out_dtype=tl.int32)
+                    high, low = _halves(score, WARPS, ROWS, 64)
+                    k = _gains(KEY_SCALES + scale_at + 8 * i, used, WARPS)
+                    x += (high * 128 + low).to(tl.float32) * k[:, None, :]
+        else:
+            # those of keys and values lie alike
+            k = _scales(KEY_SCALES + scale_at, used, WARPS)
+            v = _scales(VALUE_SCALES + scale_at, used, WARPS)
+            score = starts[0]
+            for i in tl.static_range(KEY_GROUPS):
+                if KEY_WIDTHS[i] > 0:
+                    words = load_unit(key_at + KEY_OFFSETS[i], used, KEY_WIDTHS[i])
+                    unit = key_operand(fragments(words, key_table, KEY_WIDTHS[i], WARPS, ASM), WARPS)
+                    score = tl.dot(queries[i], unit, score, out_dtype=tl.int32)
+            high, low = _halves(score, WARPS, ROWS, 64)
+            x = (high * 128 + low).to(tl.float32) * k[:, None, :]
         # an absent page must neither touch the maximum nor weigh anything, even before any page was seen
         absent = tl.where(used, 0.0, -2e30)
         x = x * scale
@@ -133,17 +164,25 @@ def decode(
             # tanh z = 1 - 2 / (e^2z + 1), in units of log2
             x = softcap * (1 - 2 / (tl.exp2(x * (2.8853900817779268 / softcap)) + 1))
         new_m = tl.maximum(m, tl.max(x, 2) + absent)
-        new_u = tl.maximum(u, tl.max(v, 1))
         shrink = tl.exp2(m - new_m)
         p = tl.exp2(x + (absent - new_m)[:, :, None])
-        # 1.5 * 2^23 puts the rounded weight in the low bits; + 128 makes the low byte signed
-        w = p * (v * (32512.0 / new_u)[:, None])[:, None, :] + 12583040.0
         l = l * shrink[:, :, None] + _quad_sum(p, WARPS, ROWS)
-        fade = shrink * (u / new_u)[:, None]
-        total = total * fade[:, :, None] + _quad_sum(w - 12583040.0, WARPS, ROWS)
-        weights = _weights(w.to(tl.int32, bitcast=True), WARPS, ROWS)
+        new_u = ()
+        new_total = ()
         new_out = ()
-        for i in tl.static_range(GROUPS):
+        for i in tl.static_range(VALUE_GROUPS):
+            if GAINS:
+                v = tl.full([WARPS, 64], 1.0, tl.float32)
+                if VALUE_WIDTHS[i] > 0:
+                    v = _gains(value_scale_at + 8 * i, used, WARPS)
+            if GAINS or i == 0:
+                largest = tl.maximum(u[i], tl.max(v, 1))
+                # 1.5 * 2^23 puts the rounded weight in the low bits; + 128 makes the low byte signed
+                w = p * (v * (32512.0 / largest)[:, None])[:, None, :] + 12583040.0
+                fade = shrink * (u[i] / largest)[:, None]
+                new_u = new_u + (largest,)
+                new_total = new_total + (total[i] * fade[:, :, None] + _quad_sum(w - 12583040.0, WARPS, ROWS),)
+                weights = _weights(w.to(tl.int32, bitcast=True), WARPS, ROWS)
             if VALUE_WIDTHS[i] > 0:
                 words = load_unit(value_at + VALUE_OFFSETS[i], used, VALUE_WIDTHS[i])
                 unit = value_operand(fragments(words, value_table, VALUE_WIDTHS[i], WARPS, ASM), WARPS)
@@ -153,20 +192,41 @@ def decode(
             else:
                 new_out = new_out + (out[i],)
         out = new_out
+        total = new_total
         m, u = new_m, new_u
 
     # the warps' partial results are parts like any other
     top = tl.max(m, 0)
     share = tl.exp2(m - top[None, :])
     sum_l = tl.sum(share * tl.sum(l, 2), 0)
-    share = share * (u / 32512.0)[:, None]
-    sum_w = tl.sum(share * tl.sum(total, 2), 0)
     inverse = tl.where(sum_l > 0, 1.0 / sum_l, 0.0)
     base = (program.to(tl.int64) * splits + split) * ROWS + rows
-    for i in tl.static_range(GROUPS):
-        o = (tl.sum(out[i] * share[:, :, None], 0) - LEVEL_OFFSETS[i] * sum_w[:, None]) * inverse[:, None]
-        tl.store(OUT + base[:, None] * (32 * GROUPS) + 32 * i + tl.arange(0, 32)[None, :], o)
+    for i in tl.static_range(VALUE_GROUPS):
+        if GAINS or i == 0:
+            part = share * (u[i] / 32512.0)[:, None]
+            sum_w = tl.sum(part * tl.sum(total[i], 2), 0)
+        o = (tl.sum(out[i] * part[:, :, None], 0) - LEVEL_OFFSETS[i] * sum_w[:, None]) * inverse[:, None]
+        tl.store(OUT + base[:, None] * (32 * VALUE_GROUPS) + 32 * i + tl.arange(0, 32)[None, :], o)
     tl.store(LSE + base, tl.where(sum_l > 0, top + tl.log2(sum_l), -1e30))
+
+
+@triton.jit
+def _scales(pointers, used, W: tl.constexpr):
+    """The scales at ``pointers`` [W, 1], float32 [W, 64] in token order."""
+    token = tl.arange(0, 64)[None, :]
+    scales = tl.load(pointers + token, mask=used & (token >= 0), other=0.0).to(tl.float32)
+    return _score_order(scales, W)
+
+
+@triton.jit
+def _gains(pointers, used, W: tl.constexpr):
+    """The gains 2^(code/2) of one group at ``pointers`` [W, 1], float32 [W, 64] in token order."""
+    word = tl.arange(0, 8)[None, :]
+    words = tl.load(pointers + word, mask=used & (word >= 0), other=0)
+    codes = words[:, :, None] >> (4 * tl.arange(0, 8))[None, None, :] & 15
+    # the exponent in half steps; an odd step's mantissa is sqrt(2)'s, not 1.5's
+    bits = (codes << 22) - (codes & 1) * 0xAFB0D + 0x3F800000
+    return _score_order(bits.to(tl.float32, bitcast=True), W)
 
 
 @triton.jit

@@ -59,16 +59,20 @@ def decode(
     value_b,
     value_h,
     value_p,
-    scale_b,
-    scale_h,
-    scale_p,
+    key_scale_b,
+    key_scale_h,
+    key_scale_p,
+    value_scale_b,
+    value_scale_h,
+    value_scale_p,
     table_b,
     bias_row,
     softcap,
     H: gl.constexpr,
     ROWS: gl.constexpr,
     BLOCKS: gl.constexpr,
-    GROUPS: gl.constexpr,
+    KEY_GROUPS: gl.constexpr,
+    VALUE_GROUPS: gl.constexpr,
     KEY_WIDTHS: gl.constexpr,
     VALUE_WIDTHS: gl.constexpr,
     KEY_OFFSETS: gl.constexpr,
@@ -90,8 +94,8 @@ def decode(
     first, last = (split * pages) // splits, ((split + 1) * pages) // splits
     KEY_PAGES += b * key_b + h * key_h
     VALUE_PAGES += b * value_b + h * value_h
-    KEY_SCALES += b * scale_b + h * scale_h
-    VALUE_SCALES += b * scale_b + h * scale_h
+    KEY_SCALES += b * key_scale_b + h * key_scale_h
+    VALUE_SCALES += b * key_scale_b + h * key_scale_h  # they lie alike
     PAGE_TABLE += b * table_b
     key_table = load_table(KEY_TABLE, True)
     value_table = load_table(VALUE_TABLE, True)
@@ -102,7 +106,7 @@ def decode(
     for i in gl.static_range(STAGES - 1):
         fetch(
             KEY_PAGES, VALUE_PAGES, KEY_SCALES, VALUE_SCALES, PAGE_TABLE, first + 4 * i, last, i,
-            key_store, value_store, scale_store, key_p, value_p, scale_p, KEY_WIDTHS, VALUE_WIDTHS, PAGED,
+            key_store, value_store, scale_store, key_p, value_p, key_scale_p, KEY_WIDTHS, VALUE_WIDTHS, PAGED,
         )  # fmt: skip
     if PDL:
         gdc_launch_dependents()
@@ -119,8 +123,8 @@ def decode(
     c3 = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, OPERAND_B)))[None, :, None]
     n3 = gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(1, OPERAND_B)))[None, None, :]
     row3 = (n3 // 16) * 16 + (n3 % 2) * 8 + (n3 // 2) % 8
-    for i in gl.static_range(GROUPS):
-        at = (program * GROUPS + i) * (2 * QUERY_ROWS(ROWS) * 32) + row3 * 32 + c3 + 0 * w3
+    for i in gl.static_range(KEY_GROUPS):
+        at = (program * KEY_GROUPS + i) * (2 * QUERY_ROWS(ROWS) * 32) + row3 * 32 + c3 + 0 * w3
         queries = queries + (gl.load(QUERY + at),)
 
     some, _ = gl.split(zero.reshape([4, 64, ROWS, 2]))
@@ -139,7 +143,7 @@ def decode(
     nothing, _ = gl.split(zero32.reshape([4, 32, ROWS, 2]))
     OUTPUT: gl.constexpr = nothing.type.layout
     out = ()
-    for i in gl.static_range(GROUPS):
+    for i in gl.static_range(VALUE_GROUPS):
         out = out + (nothing.to(gl.float32),)
 
     mine = gl.arange(0, 4, PER_WARP)
@@ -150,12 +154,12 @@ def decode(
         ahead = gl.where(ahead >= STAGES, ahead - STAGES, ahead)
         fetch(
             KEY_PAGES, VALUE_PAGES, KEY_SCALES, VALUE_SCALES, PAGE_TABLE, step + 4 * (STAGES - 1), last, ahead,
-            key_store, value_store, scale_store, key_p, value_p, scale_p, KEY_WIDTHS, VALUE_WIDTHS, PAGED,
+            key_store, value_store, scale_store, key_p, value_p, key_scale_p, KEY_WIDTHS, VALUE_WIDTHS, PAGED,
         )  # fmt: skip
         k = _token_order(scale_store.index(2 * stage).load(TOKENS), PER_TOKEN)
         v = _token_order(scale_store.index(2 * stage + 1).load(TOKENS), PER_TOKEN)
         score = start
-        for i in gl.static_range(GROUPS):
+        for i in gl.static_range(KEY_GROUPS):
             if KEY_WIDTHS[i] > 0:
                 words = unit_words(key_store, stage, KEY_WIDTHS, i)
                 f = fragment_bytes(fragments(words, key_table, KEY_WIDTHS[i], 4, True, RAW_KEYS if RAW else 0))
@@ -190,7 +194,7 @@ def decode(
         weights = _operand(w.to(gl.int32, bitcast=True), ROWS)
         fade = gl.convert_layout(fade, gl.SliceLayout(1, OUTPUT), assert_trivial=True)[:, None, :]
         new_out = ()
-        for i in gl.static_range(GROUPS):
+        for i in gl.static_range(VALUE_GROUPS):
             if VALUE_WIDTHS[i] > 0:
                 words = unit_words(value_store, stage, VALUE_WIDTHS, i)
                 f = fragment_bytes(fragments(words, value_table, VALUE_WIDTHS[i], 4, True, RAW_VALUES))
@@ -219,14 +223,14 @@ def decode(
     sum_w = gl.convert_layout(sum_w, ROW)
     inverse = gl.convert_layout(inverse, ROW)
     share = gl.convert_layout(share, gl.SliceLayout(1, OUTPUT))[:, None, :]
-    for i in gl.static_range(GROUPS):
+    for i in gl.static_range(VALUE_GROUPS):
         o = gl.sum(out[i] * share, 0)
         channel = gl.arange(0, 32, gl.SliceLayout(1, gl.SliceLayout(0, OUTPUT)))
         if VALUE_WIDTHS[i] == 1:
             o = o * gl.exp2((6 - 2 * (channel // 8)).to(gl.float32))[:, None]
         o = (o - LEVEL_OFFSETS[i] * sum_w[None, :]) * inverse[None, :]
         row = gl.arange(0, ROWS, ROW)
-        gl.store(OUT + (base + row)[None, :] * (32 * GROUPS) + 32 * i + channel[:, None], o)
+        gl.store(OUT + (base + row)[None, :] * (32 * VALUE_GROUPS) + 32 * i + channel[:, None], o)
 
 
 @gluon.constexpr_function

@@ -19,6 +19,15 @@ from kvtool import packing
 from kvtool.shapes import Rope
 
 
+def mean_bias(queries: Tensor, mean: Tensor, rope: Rope | None, positions: Tensor, scale: float) -> Tensor:
+    """:func:`mean_logits`; without ``rope`` the mean is the same at every position. [B, HQ, S, T]."""
+    if rope is not None:
+        return mean_logits(queries, mean, rope, positions, scale)
+    group = queries.shape[1] // mean.shape[0]
+    one = scale * (queries.float() * mean.repeat_interleave(group, 0)[:, None]).sum(-1, keepdim=True)
+    return one.expand(*queries.shape[:3], len(positions))
+
+
 def mean_logits(queries: Tensor, mean: Tensor, rope: Rope, positions: Tensor, scale: float) -> Tensor:
     """``scale`` * q . R(n) m, float32 [B, HQ, S, T], for ``queries`` [B, HQ, S, D], ``mean`` [H, D], ``positions`` [T].
 

@@ -1,11 +1,12 @@
 """Attention over packed pages: what the kernels need to know, what they refuse, and the three launches.
 
-Only widths, levels and two linear maps tell methods apart here: codes -> levels -> scale per token -> linear map.
+Only widths, levels, scales and two linear maps tell methods apart here: codes -> levels -> scale per token, or gain per
+token and group of 32 channels -> linear map. There may be more or fewer channels than the model has.
 """
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -33,7 +34,8 @@ class Packed(NamedTuple):
     """One layer's pages: page n of sequence b is at [b, h, n] or, with a page table, at [0, h, table[b, n]].
 
     key_pages, value_pages: uint8 [B, H, N, page bytes].
-    key_scales, value_scales: float16 [B, H, N, 64], not negative, in the order of ``packing.pack_tokens``.
+    key_scales, value_scales: float16 [B, H, N, 64], not negative, in the order of ``packing.pack_tokens``; or uint8
+        [B, H, N, 32*groups], a code of 4 bits per token and group in that order, whose gain is 2^(code/2).
     """
 
     key_pages: Tensor
@@ -46,7 +48,7 @@ class Packed(NamedTuple):
 class Codec:
     """What the codes mean: q . k = scale * (q key_map) . levels[codes], and v = scale * levels[codes] value_map.
 
-    key_map: float32 [H or 1, D, 32*groups].  value_map: float32 [H or 1, 32*groups, D].
+    key_map: float32 [H or 1, D, 32*key groups].  value_map: float32 [H or 1, 32*value groups, D].
     key_levels, value_levels: int8 [2^width] for the widths 2, 3 and 4 in use; those of 4 bits are odd (2u - 127).
         Width 1 has levels -1 and 1, width 8 has code - 127.5.
     """
@@ -128,6 +130,8 @@ def attend_packed(
     pages: Tensor | None = None,
     page_table: Tensor | None = None,
     bias: Tensor | None = None,
+    kinds: Tensor | None = None,
+    kind: int = 0,
     launch: Launch | None = None,
 ) -> Attended:
     """Attention of ``queries`` [B, HQ, S, D] over packed pages; every query sees every page in use.
@@ -135,6 +139,7 @@ def attend_packed(
     pages: int32 [B] on the device, pages in use; default: all.
     page_table: int32 [B, N] on the device, where page n of sequence b is.
     bias: [B, HQ, S, 64*N], added to the scaled logits before they are capped.
+    kinds: uint8 [B, H, N]; only pages marked ``kind`` are read.
 
     Raises:
         BackendError: a shape, dtype or device the kernels do not serve.
@@ -142,14 +147,19 @@ def attend_packed(
     check(queries, kv, codec, page_table)
     device = queries.device
     launch = launch or default_launch(device)
+    gains = kv.key_scales.dtype == torch.uint8
+    if launch.gluon and (gains or kinds is not None):
+        raise BackendError(
+            "kernels: gains per group and kinds of pages: Gluon does not read them; use --backend triton"
+        )
     B, HQ, S, D = queries.shape
-    H, groups = kv.key_pages.shape[1], len(codec.key_widths)
+    H, groups, value_groups = kv.key_pages.shape[1], len(codec.key_widths), len(codec.value_widths)
     used_rows = HQ // H * S
     ROWS = _rows(used_rows, launch.gluon)
     blocks = -(-used_rows // ROWS)
     programs = B * H * blocks
     capacity = (kv.key_pages if page_table is None else page_table[:, None]).shape[2]
-    stages, wave = _residency(codec, launch, ROWS, device)
+    stages, wave = _residency(kv, launch, ROWS, device)
     splits = launch.splits or max(1, min(wave // programs, -(-capacity // (2 * launch.warps))))
     if pages is None:
         pages = _full(B, capacity, device)
@@ -159,18 +169,12 @@ def attend_packed(
 
     TILE = 2 * max(ROWS, 8)
     dims = {"H": H, "ROWS": ROWS, "BLOCKS": blocks}
-    C = 32 * groups
-    square = {
-        "D": D,
-        "C": C,
-        "DIMS": triton.next_power_of_2(D),
-        "CHANNELS": triton.next_power_of_2(C),
-        "PDL": launch.pdl,
-    }
-    square["num_warps"] = max(1, min(16, square["DIMS"] * square["CHANNELS"] // 2048))  # the map is held in registers
+    flag = {"PDL": launch.pdl}
     pdl = {"launch_pdl": True} if launch.pdl else {}
     query = new(programs, groups, TILE, 32, dtype=torch.int8)
-    query_scale, query_start = new(programs, ROWS), new(programs, ROWS, dtype=torch.int32)
+    query_scale = new(programs, ROWS)
+    query_start = new(programs, groups if gains else 1, ROWS, dtype=torch.int32)
+    square = _square(D, 32 * groups)
     prepare[(programs, ROWS)](
         queries,
         codec.query_map,
@@ -184,16 +188,20 @@ def attend_packed(
         scale * LOG2E,
         S=S,
         TILE=TILE,
+        PER=32 if gains else square["CHANNELS"],
         **dims,
         **square,
+        **flag,
         **pdl,
     )
-    out, lse = new(programs, splits, ROWS, 32 * groups), new(programs, splits, ROWS)
+    out, lse = new(programs, splits, ROWS, 32 * value_groups), new(programs, splits, ROWS)
     words = kv.key_pages.view(torch.int32), kv.value_pages.view(torch.int32)
-    strides = [(0 if page_table is not None else x.stride(0), *x.stride()[1:3]) for x in (*words, kv.key_scales)]
+    scales = [x.view(torch.int32) if gains else x for x in (kv.key_scales, kv.value_scales)]
+    strides = [(0 if page_table is not None else x.stride(0), *x.stride()[1:3]) for x in (*words, *scales)]
     rows_of_bias = None if bias is None else _bias_rows(bias, B, H, used_rows, blocks * ROWS)
     options: dict[str, Any] = {
-        "GROUPS": groups,
+        "KEY_GROUPS": groups,
+        "VALUE_GROUPS": value_groups,
         "KEY_WIDTHS": codec.key_widths,
         "VALUE_WIDTHS": codec.value_widths,
         "KEY_OFFSETS": _starts(codec.key_widths),
@@ -203,22 +211,27 @@ def attend_packed(
         "BIASED": bias is not None,
         "CAPPED": softcap is not None,
         "STAGES": stages,
-        "PDL": launch.pdl,
         "num_warps": launch.warps,
+        **flag,
     }
     if launch.gluon:
         from kvtool.kernels import decode_gluon  # not everywhere, and not in the interpreter
 
         kernel, extra = decode_gluon.decode, {"RAW": all(width < 2 for width in codec.key_widths)}
     else:
-        kernel, extra = decode.decode, {"WARPS": launch.warps, "ASM": _nvidia(device)}
+        kernel, extra = decode.decode, {"WARPS": launch.warps, "ASM": _nvidia(device), "GAINS": gains}
+        marks = pages if kinds is None else kinds
+        extra |= {"KINDS": marks, "kind_b": marks.stride(0), "kind_h": marks.stride(1) if kinds is not None else 0}
+        extra |= {"KINDED": kinds is not None, "kind": kind}
+        if _nvidia(device) and ROWS == 8 and value_groups <= 4 and not gains:
+            # what three programs a multiprocessor can have; left alone, the compiler may take more
+            extra["maxnreg"] = 168
     kernel[(programs, splits)](
         query,
         query_scale,
         query_start,
         *words,
-        kv.key_scales,
-        kv.value_scales,
+        *scales,
         codec.key_table,
         codec.value_table,
         pages,
@@ -248,7 +261,8 @@ def attend_packed(
         codec.output_map.stride(0) if codec.output_map.shape[0] > 1 else 0,
         SPLITS=triton.next_power_of_2(splits),
         **dims,
-        **square,
+        **_square(D, 32 * value_groups),
+        **flag,
         **pdl,
     )
     return Attended(merged, merged_lse)
@@ -265,7 +279,7 @@ def check(queries: Tensor, kv: Packed, codec: Codec, page_table: Tensor | None) 
         raise BackendError(f"kernels: {what}: expected {expected}, found {found}; use --backend reference")
 
     _, HQ, S, D = queries.shape
-    H, groups = kv.key_pages.shape[1], packing.groups(D)
+    H = kv.key_pages.shape[1]
     if D not in HEAD_DIMS:
         refuse("head_dim", f"one of {', '.join(map(str, HEAD_DIMS))}", D)
     if HQ % H or HQ // H > MAX_GROUP:
@@ -274,27 +288,49 @@ def check(queries: Tensor, kv: Packed, codec: Codec, page_table: Tensor | None) 
         refuse("query tokens in a step", f"1 to {MAX_QUERIES}", S)
     if queries.stride(-1) != 1 or not queries.is_floating_point():
         refuse("queries", "floats, contiguous in the last dimension", f"{queries.dtype}, strides {queries.stride()}")
-    if len(codec.key_widths) != groups or len(codec.value_widths) != groups:
-        refuse("widths", f"{groups} groups of 32 channels", f"{codec.key_widths} and {codec.value_widths}")
+    channels = [packing.GROUP * len(widths) for widths in (codec.key_widths, codec.value_widths)]
+    if [*codec.key_map.shape[1:], *codec.value_map.shape[1:]] != [D, channels[0], channels[1], D]:
+        refuse(
+            "maps", f"{D} to {channels[0]} and {channels[1]} to {D}", f"{codec.key_map.shape} {codec.value_map.shape}"
+        )
     for name, pages, widths in (
         ("key_pages", kv.key_pages, codec.key_widths),
         ("value_pages", kv.value_pages, codec.value_widths),
     ):
         size = packing.page_bytes(widths)
+        if size == 0:
+            continue  # never read
         if pages.dtype != torch.uint8 or pages.shape[-1] != size:
             refuse(name, f"uint8, {size} bytes a page", f"{pages.dtype}, {pages.shape[-1]}")
         if pages.stride(-1) != 1 or pages.data_ptr() % 16 or any(stride % 16 for stride in pages.stride()[:3]):
             refuse(name, "contiguous pages on 16-byte boundaries", f"strides {pages.stride()}")
-    for name, scales in (("key_scales", kv.key_scales), ("value_scales", kv.value_scales)):
-        if scales.dtype != torch.float16 or scales.shape[-1] != packing.PAGE:
-            refuse(name, "float16, 64 a page", f"{scales.dtype}, {scales.shape[-1]}")
-        if scales.stride() != kv.key_scales.stride() or scales.stride(-1) != 1:
-            refuse(name, "the same strides for keys and values", f"{scales.stride()}")
+    for name, scales, widths in (
+        ("key_scales", kv.key_scales, codec.key_widths),
+        ("value_scales", kv.value_scales, codec.value_widths),
+    ):
+        gains = kv.key_scales.dtype == torch.uint8
+        expected = (torch.uint8, 32 * len(widths)) if gains else (torch.float16, packing.PAGE)
+        if (scales.dtype, scales.shape[-1]) != expected:
+            refuse(name, f"{expected[0]}, {expected[1]} a page", f"{scales.dtype}, {scales.shape[-1]}")
+        alike = gains or scales.stride() == kv.key_scales.stride()
+        if scales.stride(-1) != 1 or not alike:
+            refuse(name, "the same strides for keys and values, contiguous pages", f"{scales.stride()}")
     if page_table is not None and (page_table.dtype != torch.int32 or not page_table.is_contiguous()):
         refuse("page_table", "int32 [B, pages], contiguous", f"{page_table.dtype}, strides {page_table.stride()}")
     devices = {str(x.device) for x in (queries, *kv, codec.key_map, codec.value_map)}
     if len(devices) > 1:
         refuse("tensors", "one device", " and ".join(sorted(devices)))
+
+
+_codecs: dict[tuple[Any, ...], tuple[Tensor, Any]] = {}
+
+
+def remembered(key: tuple[Any, ...], marker: Tensor, make: Callable[[], Any]) -> Any:
+    """``make()``, once for each ``key`` and ``marker``, which is kept so that its address is not used again."""
+    whole = (*key, marker.data_ptr(), marker.device)
+    if whole not in _codecs:
+        _codecs[whole] = (marker, make())
+    return _codecs[whole][1]
 
 
 def default_launch(device: torch.device, gluon: bool | None = None) -> Launch:
@@ -309,11 +345,20 @@ def _rows(used: int, gluon: bool) -> int:
     return next((rows for rows in tiles if used <= rows), tiles[-1])
 
 
-def _residency(codec: Codec, launch: Launch, rows: int, device: torch.device) -> tuple[int, int]:
+def _square(D: int, C: int) -> dict[str, int]:
+    """A linear map between ``D`` and ``C`` channels, as the kernels that apply it take it: held in registers."""
+    dims, channels = triton.next_power_of_2(D), triton.next_power_of_2(C)
+    warps = max(1, min(16, dims * channels // 2048))
+    return {"D": D, "C": C, "DIMS": dims, "CHANNELS": channels, "num_warps": warps}
+
+
+def _residency(kv: Packed, launch: Launch, rows: int, device: torch.device) -> tuple[int, int]:
     """Stages, and how many programs a device holds at once: measured on the H100, docs/kernels.md."""
-    page = packing.page_bytes(codec.key_widths) + packing.page_bytes(codec.value_widths) + 4 * packing.PAGE
+    page = sum(x.shape[-1] * x.element_size() for x in kv)
     stages = launch.stages or (4 if launch.gluon and 3000 < page < 7000 else 3)
     registers = (6 if rows <= 4 else 4) if launch.gluon else 3
+    if kv.key_scales.dtype == torch.uint8:
+        registers = 2  # not measured: from what the compiler reports
     resident = max(1, min(registers, 220_000 // (stages * launch.warps * page)))
     return stages, resident * _processors(device)
 

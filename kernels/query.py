@@ -20,7 +20,7 @@ def prepare(
     OFFSETS,  # float32 [C], of the keys' levels
     QUERY,  # int8 [programs, C/32, TILE, 32], rows 0-7 of every 16 high and 8-15 low
     QUERY_SCALE,  # float32 [programs, ROWS]
-    QUERY_START,  # int32 [programs, ROWS]
+    QUERY_START,  # int32 [programs, C/PER, ROWS]; a sum of PER channels each, C rounded up
     used_rows,  # query heads per KV head * S
     query_b,
     query_h,
@@ -36,6 +36,7 @@ def prepare(
     C: tl.constexpr,
     DIMS: tl.constexpr,  # D and C, rounded up to powers of two
     CHANNELS: tl.constexpr,
+    PER: tl.constexpr,  # 32, or CHANNELS for one sum
     PDL: tl.constexpr,
 ):
     """One program: one query row (query head of the group, then position); unused rows become zeros."""
@@ -62,5 +63,8 @@ def prepare(
     to = QUERY + ((program.to(tl.int64) * (C // 32) + c // 32) * TILE + (r // 8) * 16 + r % 8) * 32 + place
     tl.store(to, high.to(tl.int8), mask=c < C)
     tl.store(to + 8 * 32, (y - 128 * high).to(tl.int8), mask=c < C)
-    tl.store(QUERY_START + program * ROWS + r, tl.floor(0.5 - tl.sum(offsets * y, 0)).to(tl.int32))
+    sums = tl.sum((offsets * y).reshape(CHANNELS // PER, PER), 1)
+    i = tl.arange(0, CHANNELS // PER)
+    start = QUERY_START + (program * ((C + PER - 1) // PER) + i) * ROWS + r
+    tl.store(start, tl.floor(0.5 - sums).to(tl.int32), mask=i * PER < C)
     tl.store(QUERY_SCALE + program * ROWS + r, unit * factor)

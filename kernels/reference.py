@@ -8,6 +8,7 @@ from torch import Tensor
 from kvtool import packing
 from kvtool.attention import Attended, attend, logits
 from kvtool.kernels.packed import Codec, Packed
+from kvtool.transform_code import unpack_gains
 
 
 def reference(
@@ -15,9 +16,9 @@ def reference(
 ) -> Attended:
     """What ``attend_packed`` computes, of every page; same arguments."""
     H, D = kv.key_pages.shape[1], queries.shape[-1]
-    dims = len(codec.key_widths) * packing.GROUP
+    dims, value_dims = len(codec.key_widths) * packing.GROUP, len(codec.value_widths) * packing.GROUP
     key_codes = packing.unpack_keys(kv.key_pages, codec.key_widths, dims)
-    value_codes = packing.unpack_values(kv.value_pages, codec.value_widths, dims)
+    value_codes = packing.unpack_values(kv.value_pages, codec.value_widths, value_dims)
     keys = _decoded(key_codes, kv.key_scales, codec.key_levels, codec.key_widths)
     values = _decoded(value_codes, kv.value_scales, codec.value_levels, codec.value_widths) @ codec.value_map.double()
     group = queries.shape[1] // H
@@ -43,4 +44,8 @@ def _decoded(codes: Tensor, scales: Tensor, levels: Mapping[int, Tensor], widths
         decoded_levels(levels, width).to(codes.device).double()[group.int()]
         for group, width in zip(codes.split(packing.GROUP, -1), widths, strict=True)
     ]
-    return torch.cat(parts, -1) * packing.unpack_tokens(scales).double()[..., None]
+    decoded = torch.cat(parts, -1)
+    if scales.dtype == torch.uint8:
+        gains = torch.exp2(unpack_gains(scales, len(widths)).double() / 2)  # [B, H, groups, T]
+        return decoded * gains.mT.repeat_interleave(packing.GROUP, -1)
+    return decoded * packing.unpack_tokens(scales).double()[..., None]

@@ -1,20 +1,18 @@
 """turboquant on the kernels: rotations become the linear maps, the calibrated mean becomes a bias of the logits."""
 
-from typing import Any
-
 import torch.nn.functional as F
 from torch import Tensor
 
 from kvtool import packing, rotation
 from kvtool.attention import Attended
 from kvtool.kernels.encode import Encoder, encode, encoder
-from kvtool.kernels.mean import mean_logits
-from kvtool.kernels.packed import Codec, Packed, attend_packed, default_launch
+from kvtool.kernels.mean import mean_bias
+from kvtool.kernels.packed import Codec, Packed, attend_packed, default_launch, remembered
 from kvtool.methods.base import LayerCalibration
 from kvtool.methods.turboquant import TurboQuant, TurboQuantKV
 
 
-def refuses(method: TurboQuant) -> str | None:
+def refuses(method: TurboQuant, *, gluon: bool = False) -> str | None:
     """Why these options have no kernel; None if they have one."""
     if method.k_bits % 1 or method.v_bits % 1:
         return "turboquant at 2.5 or 3.5 bits has two scales a token, and the kernels read one"
@@ -38,34 +36,21 @@ def attend(
     codec = codec_of(method, layer)
     bias = None
     if method.mean != "none":
-        bias = _mean_bias(method, queries, layer, positions, scale)
+        bias = mean_bias(queries, layer["key_mean"], layer.rope if method.mean == "rotated" else None, positions, scale)
     pages = Packed(kv.key_pages, kv.key_scales, kv.value_pages, kv.value_scales)
     launch = default_launch(queries.device, gluon)
     return attend_packed(queries, pages, codec, scale=scale, softcap=softcap, bias=bias, launch=launch)
 
 
-def _mean_bias(method: TurboQuant, queries: Tensor, layer: LayerCalibration, positions: Tensor, scale: float) -> Tensor:
-    mean = layer["key_mean"]
-    if method.mean == "rotated" and layer.rope is not None:
-        return mean_logits(queries, mean, layer.rope, positions, scale)
-    group = queries.shape[1] // mean.shape[0]
-    one = scale * (queries.float() * mean.repeat_interleave(group, 0)[:, None]).sum(-1, keepdim=True)
-    return one.expand(*queries.shape[:3], len(positions))
-
-
-_codecs: dict[tuple[Any, ...], tuple[Tensor, Codec]] = {}
-
-
 def codec_of(method: TurboQuant, layer: LayerCalibration) -> Codec:
-    """The codec of a layer, made once; the tensor beside it keeps its address from being used again."""
-    marker = layer["key_rotation"]
-    key = (method, layer.index, marker.data_ptr(), marker.device)
-    if key not in _codecs:
+    """The codec of a layer."""
+
+    def make() -> Codec:
         key_widths, value_widths = method.widths(layer.shape.head_dim)
         key_pi = rotation.matrix(layer["key_rotation"])
         value_pi = rotation.matrix(layer["value_rotation"])
         missing = packing.GROUP * len(key_widths) - layer.shape.head_dim
-        codec = Codec(
+        return Codec(
             tuple(key_widths),
             tuple(value_widths),
             F.pad(key_pi.mT, (0, missing)),
@@ -73,8 +58,8 @@ def codec_of(method: TurboQuant, layer: LayerCalibration) -> Codec:
             {key_widths[0]: layer["key_levels"]},
             {value_widths[0]: layer["value_levels"]},
         )
-        _codecs[key] = (marker, codec)
-    return _codecs[key][1]
+
+    return remembered((method, layer.index), layer["key_rotation"], make)
 
 
 def compress(

@@ -19,8 +19,8 @@ MAX_STEP = 8  # query tokens that decode kernels take at once; a longer prompt o
 class Kernel(Protocol):
     """``kernels/<method>.py`` offers ``attend`` with the reference's signature and ``method`` for ``self``."""
 
-    def refuses(self, method: Method) -> str | None:
-        """Why these options of the method have no kernel; None if they have one."""
+    def refuses(self, method: Method, *, gluon: bool = False) -> str | None:
+        """Why these options of the method have no kernel, or none in Gluon; None if they have one."""
 
     def attend(
         self,
@@ -87,9 +87,12 @@ def choose_backend(name: str, method: Method, device: torch.device) -> Backend:
     reason = kernel.refuses(method)
     if reason and name == "auto":
         return Backend("reference")
-    if reason:
-        raise BackendError(f"--backend {name}: {reason}; use --backend reference")
     if name == "auto":
         # measured on Hopper; elsewhere the portable kernel is the safe choice
-        name = "gluon" if torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0) else "triton"
+        hopper = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+        name = "gluon" if hopper and not kernel.refuses(method, gluon=True) else "triton"
+    if reason:
+        raise BackendError(f"--backend {name}: {reason}; use --backend reference")
+    if name == "gluon" and (reason := kernel.refuses(method, gluon=True)):
+        raise BackendError(f"--backend gluon: {reason}; use --backend triton")
     return Backend(name, kernel)

@@ -26,6 +26,7 @@ TARGETS = {
 POINTERS = {
     **dict.fromkeys(("QUERIES", "X"), "*bf16"),
     **dict.fromkeys(("QUERY",), "*i8"),
+    **dict.fromkeys(("KINDS",), "*u8"),
     **dict.fromkeys(("KEY_SCALES", "VALUE_SCALES", "SCALES"), "*fp16"),
     **dict.fromkeys(
         ("QUERY_START", "KEY_PAGES", "VALUE_PAGES", "KEY_TABLE", "VALUE_TABLE", "PAGES", "PAGE_TABLE", "WORDS"), "*i32"
@@ -39,24 +40,28 @@ def jobs(target: str):
     nvidia, hopper = target != "gfx942", target == "sm_90"
     dims = {"H": 8, "ROWS": 8, "BLOCKS": 1}
     square = {"D": 128, "C": 128, "DIMS": 128, "CHANNELS": 128, "PDL": hopper}
-    yield "prepare", query.prepare, {**dims, **square, "S": 1, "TILE": 16}, {"num_warps": 8}
+    yield "prepare", query.prepare, {**dims, **square, "PER": 128, "S": 1, "TILE": 16}, {"num_warps": 8}
     yield "merge", merge.merge, {**dims, **square, "SPLITS": 64}, {"num_warps": 8}
     yield "mean", mean._polynomial, {"HALF": 64, "BLOCK": 64}, {"num_warps": 4}
     four = (4, 4, 4, 4)
     units = {"GROUPS": 4, "OFFSETS": starts(four), "HALF": 64, "DIMS": 128, "H": 8, "D": 128, "C": 128, "SCALE": 1}
     flags = {"KEYS": True, "CENTRED": True, "TURNED": True, "WIDTHS": four}
     yield "encode", encode._encode, {**units, **flags}, {"num_warps": 4}
-    for name, keys, values in (("4", four, four), ("mixed", (4, 2, 2, 1), (3, 2, 2, 2)), ("1", (1,) * 4, (1,) * 4)):
+    widths = {"4": (four, four), "mixed": ((4, 2, 2, 1), (3, 2, 2, 2)), "1": ((1,) * 4, (1,) * 4)}
+    for name, (keys, values) in (widths | {"gains": ((4, 2, 2), (3, 2, 2, 1))}).items():
         common = {
-            **dims, "GROUPS": 4, "KEY_WIDTHS": keys, "VALUE_WIDTHS": values, "KEY_OFFSETS": starts(keys),
-            "VALUE_OFFSETS": starts(values), "LEVEL_OFFSETS": tuple(OFFSET[width] for width in values),
-            "PAGED": True, "BIASED": False, "CAPPED": False, "STAGES": 3, "PDL": hopper,
+            **dims, "KEY_GROUPS": len(keys), "VALUE_GROUPS": 4, "KEY_WIDTHS": keys, "VALUE_WIDTHS": values,
+            "KEY_OFFSETS": starts(keys), "VALUE_OFFSETS": starts(values),
+            "LEVEL_OFFSETS": tuple(OFFSET[width] for width in values),
+            "PAGED": name != "gains", "BIASED": False, "CAPPED": False, "STAGES": 3, "PDL": hopper,
         }  # fmt: skip
-        if target != "sm_90" and name != "4":
+        if target != "sm_90" and name not in ("4", "gains"):
             continue  # the code does not depend on the target, the compiler's time does
         if name != "1":
-            yield f"decode {name}", decode.decode, {**common, "WARPS": 4, "ASM": nvidia}, {"num_warps": 4}
-        if nvidia:
+            plain = {"WARPS": 4, "ASM": nvidia, "GAINS": name == "gains", "KINDED": False}
+            limit = {"maxnreg": 168} if nvidia and name != "gains" else {}
+            yield f"decode {name}", decode.decode, {**common, **plain}, {"num_warps": 4, **limit}
+        if nvidia and name != "gains":
             raw = {"RAW": max(keys) == 1, "ROWS": 4}
             yield f"decode_gluon {name}", decode_gluon.decode, {**common, **raw}, {"num_warps": 4}
 
@@ -69,12 +74,14 @@ def compiled(kernel, constants, options, target):
     signature = {}
     for name in kernel.arg_names:
         scalar = "fp32" if name in FLOATS else "i32"
-        kind = POINTERS.get(name, scalar if name == "T" or not name.isupper() else "*fp32")
+        pointers = POINTERS | (dict.fromkeys(("KEY_SCALES", "VALUE_SCALES"), "*i32") if constants.get("GAINS") else {})
+        kind = pointers.get(name, scalar if name == "T" or not name.isupper() else "*fp32")
         signature[name] = "constexpr" if name in constants else kind
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or re.fullmatch(r"(key|value|scale|scales|words|x|query|map|matrix)_[a-z]", name)
+        if kind.startswith("*")
+        or re.fullmatch(r"(key|value|key_scale|value_scale|scales|words|x|query|map|matrix)_[bhpst]", name)
     }
     source = GluonASTSource if kernel.is_gluon() else ASTSource
     return triton.compile(source(kernel, signature, constants, aligned), target=target, options=options)

@@ -1,0 +1,86 @@
+"""transform on the kernels: the decoders become the linear maps, the bases of the gains go into them as well.
+
+    q . k' = q . R(n) mu + sum_s 2^(code/2) (q A_s^T 2^base_s) . c_s
+    o' = sum_s (sum_t p_t 2^(code/2) c_s) 2^base_s A_s
+
+Pages outside the calibrated statistics lie in a plain rotation, keys and values apart, so there are four kinds of
+pages and four pairs of maps. Almost always there is one kind; the others are parts of their own, merged as usual.
+"""
+
+import torch
+from torch import Tensor
+
+from kvtool import attention, packing
+from kvtool import transform_code as chain
+from kvtool.attention import Attended
+from kvtool.kernels.mean import mean_bias
+from kvtool.kernels.packed import Codec, Packed, attend_packed, default_launch, remembered
+from kvtool.methods.base import LayerCalibration
+from kvtool.methods.transform import Transform, TransformKV, code_of, maps, plain_code
+
+
+def refuses(method: Transform, *, gluon: bool = False) -> str | None:
+    """Why there is no kernel; None if there is one."""
+    return "transform has gains per group, which only the triton back end reads" if gluon else None
+
+
+def attend(
+    method: Transform,
+    queries: Tensor,
+    kv: TransformKV,
+    layer: LayerCalibration,
+    *,
+    positions: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    gluon: bool = False,
+) -> Attended:
+    """As ``Transform.attend``."""
+    bias = mean_bias(queries, layer["key_mean"], layer.rope, positions, scale)
+    pages = Packed(*_side(kv.key_pages, kv.key_gains), *_side(kv.value_pages, kv.value_gains))
+    launch = default_launch(queries.device, gluon)
+    ordinary = not bool(kv.outside.any())
+    parts = [
+        attend_packed(
+            queries,
+            pages,
+            codec_of(method, layer, kind),
+            scale=scale,
+            softcap=softcap,
+            bias=bias,
+            kinds=None if ordinary else kv.outside,
+            kind=kind,
+            launch=launch,
+        )
+        for kind in ((0,) if ordinary else (0, 1, 2, 3))
+    ]
+    return attention.merge(*parts)
+
+
+def codec_of(method: Transform, layer: LayerCalibration, kind: int = 0) -> Codec:
+    """The codec of a layer's pages of one ``kind``, the bits of ``TransformKV.outside``."""
+
+    def make() -> Codec:
+        key_widths, key_map = _map(layer, "key", bool(kind & 1))
+        value_widths, value_map = _map(layer, "value", bool(kind & 2))
+        levels = {width: chain.table(width, torch.device("cpu"))[0].to(torch.int8) for width in (2, 3, 4)}
+        return Codec(key_widths, value_widths, key_map.mT, value_map, levels, levels)
+
+    return remembered((method, layer.index, kind), layer["key_basis"], make)
+
+
+def _map(layer: LayerCalibration, side: str, plain: bool) -> tuple[tuple[int, ...], Tensor]:
+    """Widths, and the map [H, 32 S, D] from levels times 2^(code/2) to the channels of the model."""
+    code = plain_code(layer, side) if plain else code_of(layer, side)
+    decoder = chain.decoder(code) if plain else maps(layer, side)
+    if not code.widths:
+        return (0,), decoder.new_zeros(len(decoder), packing.GROUP, decoder.shape[-1])
+    return code.widths, decoder * torch.exp2(code.gain_base).repeat_interleave(packing.GROUP, 1)[..., None]
+
+
+def _side(pages: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
+    if gains.shape[-1]:
+        return pages, gains
+    # a side without bits: one group that no page stores
+    nothing = gains.new_zeros(*gains.shape[:-1], packing.GROUP)
+    return nothing, nothing

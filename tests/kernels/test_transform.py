@@ -1,0 +1,110 @@
+"""transform's kernel attends as transform's reference does: stages of any number and width, gains, plain pages."""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from kvtool import backends, centring, packing, rotation, transform_fit
+from kvtool import transform_code as chain
+from kvtool.attention import relative_error
+from kvtool.backends import choose_backend
+from kvtool.errors import BackendError
+from kvtool.kernels import transform as kernels
+from kvtool.methods import make_method
+from kvtool.methods.base import LayerCalibration
+from kvtool.shapes import LayerKind, LayerShape, Rope
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ROPE = Rope(inv_freq=tuple(1e4 ** (-i / 32) for i in range(32)))
+
+
+def calibrated(key_widths, value_widths, D=64, H=2, group=3):
+    """A layer as ``fit`` leaves it, for vectors of a steep spectrum, without the minutes that a fit takes."""
+    generator = torch.Generator().manual_seed(0)
+    shape = LayerShape(kind=LayerKind.FULL, num_heads=H * group, num_kv_heads=H, head_dim=D, scale=D**-0.5)
+    method = make_method("transform")
+    stages = method.layer_schema(shape)["key_widths"].shape[0]
+    steep = torch.exp(-torch.arange(D) / 12.0)
+    vectors = torch.randn(H, 4096, D, generator=generator) * steep
+    tensors = {"key_mean": torch.randn(H, D, generator=generator)}
+    for side, widths in (("key", key_widths), ("value", value_widths)):
+        plain = rotation.draw("hadamard", H, D, generator)
+        code = transform_fit.make_code(
+            torch.eye(D).expand(H, D, D).contiguous(), (steep**2).expand(H, D), widths, vectors
+        )
+        turn, variance = transform_fit.plain_basis(plain)
+        ordinary = transform_fit.make_code(turn, variance, widths, vectors)
+        missing = stages - len(widths)
+
+        def padded(x, rows=1, missing=missing):
+            return torch.cat([x, x.new_zeros(H, missing * rows, *x.shape[2:])], 1)
+
+        fields = {
+            "widths": torch.tensor([*widths, *[0] * missing], dtype=torch.int8),
+            "basis": code.basis,
+            "order": padded(code.order).to(torch.int16),
+            "deviation": padded(code.deviation),
+            "gain_base": padded(code.gain_base),
+            "decoder": padded(chain.decoder(code), packing.GROUP).half(),
+            "plain": plain,
+            "plain_base": padded(ordinary.gain_base) + 3,
+        }
+        tensors |= {f"{side}_{name}": tensor for name, tensor in fields.items()}
+    layer = LayerCalibration(0, shape, ROPE, {name: tensor.to(DEVICE) for name, tensor in tensors.items()})
+    keys, values = (torch.randn(2, 1, H, 128, D, generator=generator) * steep).to(DEVICE)
+    queries = (3 * torch.randn(1, H * group, 2, D, generator=generator)).to(DEVICE)
+    return method, layer, keys, values, queries
+
+
+def both(method, layer, keys, values, queries, softcap=None):
+    positions = torch.arange(4, 4 + keys.shape[2], device=DEVICE)
+    keys = keys + centring.at(layer["key_mean"], "rotated", layer.rope, positions)
+    kv, _ = method.compress(keys, values, layer, positions=positions)
+    arguments = {"positions": positions, "scale": layer.shape.scale, "softcap": softcap}
+    exact = method.attend(queries, kv, layer, **arguments)
+    return kernels.attend(method, queries, kv, layer, **arguments), exact, kv
+
+
+def agree(found, exact):
+    assert relative_error(found.out, exact.out) < 3e-3  # weights of 15 bits
+    assert (found.lse - exact.lse).abs().max() < 2e-3  # 16-bit queries
+
+
+@pytest.mark.parametrize(
+    ("key_widths", "value_widths", "softcap"),
+    [((4, 2, 2), (3, 1), None), ((8,), (4, 2, 1, 1), 30.0), ((1,), (2, 2), None)],
+)
+def test_the_kernel_agrees_with_the_reference(key_widths, value_widths, softcap):
+    found, exact, kv = both(*calibrated(key_widths, value_widths), softcap)
+    assert not kv.outside.any()
+    agree(found, exact)
+
+
+@pytest.mark.parametrize(("key_widths", "value_widths"), [((), (2,)), ((2,), ())])
+def test_a_side_without_bits(key_widths, value_widths):
+    found, exact, _ = both(*calibrated(key_widths, value_widths, H=1))
+    assert (found.out - exact.out).abs().max() < 3e-3 * exact.out.abs().max().clamp_min(1e-3)
+    assert (found.lse - exact.lse).abs().max() < 2e-3
+
+
+def test_pages_outside_the_statistics_are_read_in_the_plain_rotation():
+    method, layer, keys, values, queries = calibrated((4, 2), (2, 2))
+    loud = torch.tensor([60.0, 1.0]).repeat_interleave(64)[:, None].to(DEVICE)
+    keys[:, :1], values[:, 1:] = keys[:, :1] * loud, values[:, 1:] * loud
+    found, exact, kv = both(method, layer, keys, values, queries / 8)
+    assert kv.outside[0].tolist() == [[1, 0], [2, 0]]
+    agree(found, exact)
+
+
+def test_auto_takes_triton_where_gluon_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    cuda = SimpleNamespace(type="cuda")
+    assert choose_backend("auto", make_method("transform"), cuda).name == "triton"
+    assert choose_backend("auto", make_method("turboquant"), cuda).name == "gluon"
+    with pytest.raises(BackendError, match="use --backend triton"):
+        backends.choose_backend("gluon", make_method("transform"), cuda)
