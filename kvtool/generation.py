@@ -1,7 +1,7 @@
 """Generate from a compressed cache: greedy, so that two caches can be compared token by token."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ class Generated:
     """What came out, and what the cache cost when it was done; the full cache's own figures if it was not compressed.
 
     stored_bytes: of the whole cache, exact tokens at 16 bits. full_bytes: of the same tokens, uncompressed.
+    host_bytes: what the method keeps in host memory besides.
     """
 
     text: str
@@ -28,6 +29,7 @@ class Generated:
     bits_per_value: float
     stored_bytes: int
     full_bytes: int
+    host_bytes: int = 0
 
 
 def encode(loaded: LoadedModel, prompt: str, *, chat: bool | None = None) -> Tensor:
@@ -77,7 +79,8 @@ def generate(
     with serve(loaded.model, calibration, backend=backend) as cache:
         out = loaded.model.generate(ids, past_key_values=cache, **options)
         cost = cache.nbytes()
-        return _generated(loaded, ids, out, cache.backend.name, cost.bits_per_value, cost.stored, 2 * cost.values)
+        made = _generated(loaded, ids, out, cache.backend.name, cost.bits_per_value, cost.stored, 2 * cost.values)
+        return replace(made, host_bytes=cost.host)
 
 
 def first_difference(a: list[int], b: list[int]) -> int | None:

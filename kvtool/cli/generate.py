@@ -81,6 +81,8 @@ def generate(
         f"{served.backend}: cache {format_bytes(served.stored_bytes)} instead of {format_bytes(served.full_bytes)} "
         f"({ratio:.2f}x), {served.bits_per_value:.2f} bits per value, sinks and window included"
     )
+    if served.host_bytes:
+        talk.print(f"besides, {format_bytes(served.host_bytes)} of originals in host memory")
     if served.stored_bytes >= served.full_bytes:
         talk.print(
             "note: every token still stands among the exact first and recent ones; a longer prompt is compressed"

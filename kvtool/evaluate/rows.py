@@ -93,6 +93,7 @@ def bytes_row(size: CacheBytes, *, compressed: bool) -> Row:
         "bits": 8 * stored / size.values,
         "bytes_stored": stored,
         "bytes_resident": size.resident if compressed else 2 * size.values,
+        "bytes_host": size.host if compressed else 0,
         "tokens": size.tokens,
     }
 

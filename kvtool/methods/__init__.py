@@ -17,6 +17,7 @@ from kvtool.methods.h1b import H1B
 from kvtool.methods.rabitq import RaBitQ
 from kvtool.methods.rdkv import RDKV
 from kvtool.methods.rina import RINA
+from kvtool.methods.tiered import Tiered
 from kvtool.methods.transform import Transform
 from kvtool.methods.turboquant import TurboQuant
 
@@ -31,6 +32,7 @@ METHODS: dict[str, type[Method]] = {
     "rabitq": RaBitQ,
     "rina": RINA,
     "h1b": H1B,
+    "tiered": Tiered,
 }
 
 

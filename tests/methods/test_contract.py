@@ -13,7 +13,7 @@ from kvtool.methods import METHODS, make_method
 from kvtool.methods.base import nbytes
 from kvtool.shapes import CacheShape, LayerKind, LayerShape, Rope
 
-PAGED = [name for name, method in METHODS.items() if method.block is not None]
+PAGED = [name for name, method in METHODS.items() if method.block is not None and not method.moves]
 
 
 class FakeCapture:
