@@ -28,6 +28,9 @@ Codes are unsigned; what they mean (a table, a scale per token) belongs to the m
 """
 
 from collections.abc import Sequence
+from functools import cache
+from itertools import product
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -54,22 +57,22 @@ def pack_keys(codes: Tensor, widths: Sequence[int]) -> Tensor:
     Raises:
         ValueError: T is not a multiple of 64, or ``widths`` does not have one entry per group.
     """
-    return _pack(codes, widths, _KEY_ORDER)
+    return _pack(codes, widths, "key")
 
 
 def unpack_keys(pages: Tensor, widths: Sequence[int], head_dim: int) -> Tensor:
     """The inverse of :func:`pack_keys`: codes uint8 [..., T, head_dim]; groups of width 0 come back as zeros."""
-    return _unpack(pages, widths, head_dim, _KEY_ORDER)
+    return _unpack(pages, widths, head_dim, "key")
 
 
 def pack_values(codes: Tensor, widths: Sequence[int]) -> Tensor:
     """Value codes uint8 [..., T, D], T a multiple of 64, to pages uint8 [..., T/64, page_bytes(widths)]."""
-    return _pack(codes, widths, _VALUE_ORDER)
+    return _pack(codes, widths, "value")
 
 
 def unpack_values(pages: Tensor, widths: Sequence[int], head_dim: int) -> Tensor:
     """The inverse of :func:`pack_values`."""
-    return _unpack(pages, widths, head_dim, _VALUE_ORDER)
+    return _unpack(pages, widths, head_dim, "value")
 
 
 def pack_tokens(per_token: Tensor) -> Tensor:
@@ -86,97 +89,106 @@ def unpack_tokens(pages: Tensor) -> Tensor:
     return pages.unflatten(-1, (4, 8, 2)).transpose(-3, -2).flatten(-4)
 
 
-def _order(keys: bool) -> Tensor:
-    """Where each code of a unit comes from: index token*32 + channel, as [lane, h, e, slot]."""
-    g, q, h, e, slot = torch.meshgrid(*(torch.arange(n) for n in (8, 4, 2, 4, 8)), indexing="ij")
-    if keys:
-        token, channel = 8 * slot + g, 16 * h + 4 * q + e
-    else:
-        token = 32 * (slot & 1) + 16 * h + 8 * (e >> 1) + 2 * q + (e & 1)
-        channel = 8 * (slot >> 1) + g
-    return (token * GROUP + channel).reshape(32, 2, 4, 8)
+_Entry = tuple[int, int, int, int]  # take, right, mask, left
 
 
-_KEY_ORDER, _VALUE_ORDER = _order(keys=True), _order(keys=False)
+class _Piece(NamedTuple):
+    """Part of how a unit is packed or unpacked: ``out[put] |= (source[take] >> right & mask) << left``, all [n]."""
+
+    put: Tensor | slice
+    take: Tensor  # int64
+    right: Tensor  # uint8
+    mask: Tensor  # uint8
+    left: Tensor  # uint8
 
 
-def _pack(codes: Tensor, widths: Sequence[int], order: Tensor) -> Tensor:
+def _pack(codes: Tensor, widths: Sequence[int], side: str) -> Tensor:
     T, D = codes.shape[-2:]
     if T % PAGE or groups(D) != len(widths):
         raise ValueError(f"{T} tokens of {D} channels do not fill pages of {PAGE} tokens and {len(widths)} groups")
     if not widths:
         return codes.new_empty((*codes.shape[:-2], T // PAGE, 0))
     padded = F.pad(codes, (0, GROUP * len(widths) - D))
-    units = padded.unflatten(-1, (-1, GROUP)).unflatten(-3, (-1, PAGE)).transpose(-3, -2)  # [..., N, group, 64, 32]
-    blocks = units.flatten(-2)[..., order.to(codes.device)]  # [..., N, group, lane, h, e, slot]
-    packed = [_pack_unit(blocks[..., i, :, :, :, :], width) for i, width in enumerate(widths)]
+    units = padded.unflatten(-1, (-1, GROUP)).unflatten(-3, (-1, PAGE)).transpose(-3, -2).flatten(-2)
+    if len(set(widths)) == 1:
+        return _join(units, _layout(side, widths[0], codes.device)[0], 256 * widths[0]).flatten(-2)
+    packed = [
+        _join(units[..., i, :], _layout(side, width, codes.device)[0], 256 * width) for i, width in enumerate(widths)
+    ]
     return torch.cat(packed, -1)
 
 
-def _unpack(pages: Tensor, widths: Sequence[int], head_dim: int, order: Tensor) -> Tensor:
+def _unpack(pages: Tensor, widths: Sequence[int], head_dim: int, side: str) -> Tensor:
     sizes = [256 * width for width in widths]
     if pages.shape[-1] != sum(sizes) or groups(head_dim) != len(widths):
         raise ValueError(f"pages of {pages.shape[-1]} bytes, expected {sum(sizes)} for widths {list(widths)}")
     if not widths:
         return pages.new_empty((*pages.shape[:-2], PAGE * pages.shape[-2], 0))
-    blocks = [_unpack_unit(unit, width) for unit, width in zip(pages.split(sizes, -1), widths, strict=True)]
-    flat = torch.stack(blocks, -5).flatten(-4)  # [..., N, group, 2048]
-    units = torch.empty_like(flat)
-    units[..., order.flatten().to(pages.device)] = flat
+    if len(set(widths)) == 1:
+        units = _join(
+            pages.unflatten(-1, (len(widths), sizes[0])), _layout(side, widths[0], pages.device)[1], PAGE * GROUP
+        )
+    else:
+        parts = zip(pages.split(sizes, -1), widths, strict=True)
+        units = torch.stack([_join(x, _layout(side, b, pages.device)[1], PAGE * GROUP) for x, b in parts], -2)
     channels = units.unflatten(-1, (PAGE, GROUP)).transpose(-3, -2).flatten(-2)  # [..., N, 64, D]
     return channels.flatten(-3, -2)[..., :head_dim]
 
 
-def _fields(width: int) -> Tensor:
-    """Where each bit of a code lies: for [e, slot, bit], its plane and its bit in the 32-bit word, as [4, 8, b, 2]."""
-    where = torch.empty(4, 8, width, 2, dtype=torch.int64)
-    for e in range(4):
-        for slot in range(8):
-            for bit in range(width):
-                where[e, slot, bit] = torch.tensor(_field(width, e, slot, bit))
-    return where
+def _join(source: Tensor, pieces: Sequence[_Piece], n: int) -> Tensor:
+    """``source`` uint8 [..., m] to uint8 [..., n], piece by piece."""
+    out = source.new_zeros((*source.shape[:-1], n))
+    for put, take, right, mask, left in pieces:
+        part = source.index_select(-1, take)
+        out[..., put] |= part.bitwise_right_shift_(right).bitwise_and_(mask).bitwise_left_shift_(left)
+    return out
 
 
-def _field(width: int, e: int, slot: int, bit: int) -> tuple[int, int]:
+@cache
+def _layout(side: str, width: int, device: torch.device) -> tuple[list[_Piece], list[_Piece]]:
+    """How the codes [64 * 32] of a unit of ``side`` key or value make its bytes [256 * width], and the reverse."""
+    packing: list[list[_Entry]] = [[] for _ in range(256 * width)]
+    unpacking: list[list[_Entry]] = [[] for _ in range(PAGE * GROUP)]
+    pair = 2 - width % 2
+    for lane, h, e, slot in product(range(32), range(2), range(4), range(8)):
+        code = _code(side, lane, h, e, slot)
+        for plane, bit, first, bits in _fields(width, e, slot):
+            byte = 4 * (((plane // pair * 32 + lane) * pair + plane % pair) * 2 + h) + bit // 8
+            mask = (1 << bits) - 1
+            packing[byte].append((code, first, mask, bit % 8))
+            unpacking[code].append((byte, bit % 8, mask, first))
+    return _pieces(packing, device), _pieces(unpacking, device)
+
+
+def _pieces(entries: list[list[_Entry]], device: torch.device) -> list[_Piece]:
+    """The first entry of every place, then the second of those that have one, and so on."""
+    pieces = []
+    for j in range(max(map(len, entries), default=0)):
+        places = [place for place, mine in enumerate(entries) if len(mine) > j]
+        take, right, mask, left = torch.tensor([entries[place][j] for place in places], device=device).unbind(-1)
+        put = slice(None) if len(places) == len(entries) else torch.tensor(places, device=device)
+        pieces.append(_Piece(put, take, right.byte(), mask.byte(), left.byte()))
+    return pieces
+
+
+def _code(side: str, lane: int, h: int, e: int, slot: int) -> int:
+    """The code's place in its unit, token * 32 + channel."""
+    g, q = divmod(lane, 4)
+    if side == "key":
+        return (8 * slot + g) * GROUP + 16 * h + 4 * q + e
+    return (32 * (slot & 1) + 16 * h + 8 * (e >> 1) + 2 * q + (e & 1)) * GROUP + 8 * (slot >> 1) + g
+
+
+def _fields(width: int, e: int, slot: int) -> list[tuple[int, int, int, int]]:
+    """Where the code of ``slot`` and ``e`` lies: (plane, bit of the 32-bit word, first bit of the code, bits)."""
+    if width == 0:
+        return []
     if width == 1:
-        return 0, 8 * e + slot
+        return [(0, 8 * e + slot, 0, 1)]
     if width == 2:
-        return slot // 4, 4 * (4 * (slot % 2) + e) + 2 * (slot // 2 % 2) + bit
+        return [(slot // 4, 4 * (4 * (slot % 2) + e) + 2 * (slot // 2 % 2), 0, 2)]
     if width == 3 and slot >= 6:
-        return bit, 4 * (4 * (slot - 6) + e) + 3
+        return [(plane, 4 * (4 * (slot - 6) + e) + 3, plane, 1) for plane in range(3)]
     if width in (3, 4):
-        return slot // 2, 4 * (4 * (slot % 2) + e) + bit
-    return slot, 8 * e + bit
-
-
-_FIELDS = {width: _fields(width) for width in WIDTHS if width}
-
-
-def _pack_unit(block: Tensor, width: int) -> Tensor:
-    """Codes [..., lane, h, e, slot] to a unit, uint8 [..., 256*width]."""
-    lead = block.shape[:-4]
-    if width == 0:
-        return block.new_empty((*lead, 0))
-    plane, position = _FIELDS[width].to(block.device).unbind(-1)  # [e, slot, bit]
-    bits = (block[..., None] >> torch.arange(width, device=block.device, dtype=torch.uint8)) & 1
-    flat = block.new_zeros((*lead, 32, 2, width * 32))
-    flat[..., (plane * 32 + position).flatten()] = bits.flatten(-3)
-    weights = 2 ** torch.arange(8, device=block.device, dtype=torch.uint8)
-    words = (flat.unflatten(-1, (width, 4, 8)) * weights).sum(-1, dtype=torch.uint8)  # [..., lane, h, plane, byte]
-    pair = 2 - width % 2
-    # [..., chunk, lane, plane, h, 4]
-    ordered = words.unflatten(-2, (width // pair, pair)).movedim(-3, -5).movedim(-2, -3)
-    return ordered.flatten(-5)
-
-
-def _unpack_unit(unit: Tensor, width: int) -> Tensor:
-    """The inverse of :func:`_pack_unit`: codes uint8 [..., lane, h, e, slot]."""
-    if width == 0:
-        return unit.new_zeros((*unit.shape[:-1], 32, 2, 4, 8))
-    pair = 2 - width % 2
-    ordered = unit.unflatten(-1, (width // pair, 32, pair, 2, 4))
-    words = ordered.movedim(-3, -2).movedim(-5, -3).flatten(-3, -2)  # [..., lane, h, plane, byte]
-    flat = ((words[..., None] >> torch.arange(8, device=unit.device, dtype=torch.uint8)) & 1).flatten(-3)
-    plane, position = _FIELDS[width].to(unit.device).unbind(-1)
-    bits = flat[..., (plane * 32 + position)]  # [..., lane, h, e, slot, bit]
-    return (bits << torch.arange(width, device=unit.device, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+        return [(slot // 2, 4 * (4 * (slot % 2) + e), 0, width)]
+    return [(slot, 8 * e, 0, 8)]
