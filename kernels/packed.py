@@ -5,15 +5,12 @@ token and group of 32 channels -> linear map. There may be more or fewer channel
 """
 
 import math
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from kvtool import packing
@@ -21,12 +18,20 @@ from kvtool.attention import Attended
 from kvtool.errors import BackendError
 from kvtool.kernels import decode
 from kvtool.kernels.fragments import OFFSET, TABLE_WORDS
-from kvtool.kernels.merge import merge
+from kvtool.kernels.launch import (
+    Launch,
+    check_queries,
+    default_launch,
+    full,
+    merged,
+    nvidia,
+    processors,
+    refuse,
+    square_map,
+    tile_rows,
+)
 from kvtool.kernels.query import prepare
 
-HEAD_DIMS = (64, 80, 96, 128, 256)
-MAX_GROUP = 8  # query heads per KV head
-MAX_QUERIES = 8  # query tokens per step
 LOG2E = math.log2(math.e)
 
 
@@ -104,22 +109,6 @@ def _per_channel(values: Mapping[int, float], widths: Sequence[int]) -> Tensor:
     return torch.tensor([values[width] for width in widths]).repeat_interleave(packing.GROUP)
 
 
-@dataclass(frozen=True)
-class Launch:
-    """How a decode is cut up. The defaults are for the H100; see docs/kernels.md for the measurements.
-
-    gluon: which of the two kernels.  splits: programs per KV head, None for one resident wave.
-    stages: steps of pages in flight, None for the measured best.
-    pdl: programmatic dependent launch, compute capability 9.0 and up.
-    """
-
-    gluon: bool = False
-    splits: int | None = None
-    stages: int | None = None
-    warps: int = 4
-    pdl: bool = False
-
-
 def attend_packed(
     queries: Tensor,
     kv: Packed,
@@ -155,14 +144,15 @@ def attend_packed(
     B, HQ, S, D = queries.shape
     H, groups, value_groups = kv.key_pages.shape[1], len(codec.key_widths), len(codec.value_widths)
     used_rows = HQ // H * S
-    ROWS = _rows(used_rows, launch.gluon)
+    ROWS = tile_rows(used_rows, launch.gluon)
     blocks = -(-used_rows // ROWS)
     programs = B * H * blocks
     capacity = (kv.key_pages if page_table is None else page_table[:, None]).shape[2]
-    stages, wave = _residency(kv, launch, ROWS, device)
+    stages, resident = _residency(kv, launch, ROWS)
+    wave = resident * processors(device)
     splits = launch.splits or max(1, min(wave // programs, -(-capacity // (2 * launch.warps))))
     if pages is None:
-        pages = _full(B, capacity, device)
+        pages = full(B, capacity, device)
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -174,7 +164,7 @@ def attend_packed(
     query = new(programs, groups, TILE, 32, dtype=torch.int8)
     query_scale = new(programs, ROWS)
     query_start = new(programs, groups if gains else 1, ROWS, dtype=torch.int32)
-    square = _square(D, 32 * groups)
+    square = square_map(D, 32 * groups)
     prepare[(programs, ROWS)](
         queries,
         codec.query_map,
@@ -219,11 +209,11 @@ def attend_packed(
 
         kernel, extra = decode_gluon.decode, {"RAW": all(width < 2 for width in codec.key_widths)}
     else:
-        kernel, extra = decode.decode, {"WARPS": launch.warps, "ASM": _nvidia(device), "GAINS": gains}
+        kernel, extra = decode.decode, {"WARPS": launch.warps, "ASM": nvidia(device), "GAINS": gains}
         marks = pages if kinds is None else kinds
         extra |= {"KINDS": marks, "kind_b": marks.stride(0), "kind_h": marks.stride(1) if kinds is not None else 0}
         extra |= {"KINDED": kinds is not None, "kind": kind}
-        if _nvidia(device) and ROWS == 8 and value_groups <= 4 and not gains:
+        if nvidia(device) and ROWS == 8 and value_groups <= 4 and not gains:
             # what three programs a multiprocessor can have; left alone, the compiler may take more
             extra["maxnreg"] = 168
     kernel[(programs, splits)](
@@ -249,23 +239,7 @@ def attend_packed(
         **dims,
         **pdl,
     )
-    merged, merged_lse = new(B, HQ, S, D), new(B, HQ, S)
-    merge[(programs, ROWS)](
-        out,
-        lse,
-        codec.output_map,
-        merged,
-        merged_lse,
-        splits,
-        used_rows,
-        codec.output_map.stride(0) if codec.output_map.shape[0] > 1 else 0,
-        SPLITS=triton.next_power_of_2(splits),
-        **dims,
-        **_square(D, 32 * value_groups),
-        **flag,
-        **pdl,
-    )
-    return Attended(merged, merged_lse)
+    return merged(out, lse, codec.output_map, (B, HQ, S, D), dims, launch.pdl)
 
 
 def check(queries: Tensor, kv: Packed, codec: Codec, page_table: Tensor | None) -> None:
@@ -275,19 +249,8 @@ def check(queries: Tensor, kv: Packed, codec: Codec, page_table: Tensor | None) 
         BackendError: in one sentence.
     """
 
-    def refuse(what: str, expected: str, found: object) -> None:
-        raise BackendError(f"kernels: {what}: expected {expected}, found {found}; use --backend reference")
-
-    _, HQ, S, D = queries.shape
-    H = kv.key_pages.shape[1]
-    if D not in HEAD_DIMS:
-        refuse("head_dim", f"one of {', '.join(map(str, HEAD_DIMS))}", D)
-    if HQ % H or HQ // H > MAX_GROUP:
-        refuse("query heads", f"1 to {MAX_GROUP} per KV head", f"{HQ} for {H}")
-    if not 1 <= S <= MAX_QUERIES:
-        refuse("query tokens in a step", f"1 to {MAX_QUERIES}", S)
-    if queries.stride(-1) != 1 or not queries.is_floating_point():
-        refuse("queries", "floats, contiguous in the last dimension", f"{queries.dtype}, strides {queries.stride()}")
+    D = queries.shape[-1]
+    check_queries(queries, kv.key_pages.shape[1])
     channels = [packing.GROUP * len(widths) for widths in (codec.key_widths, codec.value_widths)]
     if [*codec.key_map.shape[1:], *codec.value_map.shape[1:]] != [D, channels[0], channels[1], D]:
         refuse(
@@ -322,45 +285,14 @@ def check(queries: Tensor, kv: Packed, codec: Codec, page_table: Tensor | None) 
         refuse("tensors", "one device", " and ".join(sorted(devices)))
 
 
-_codecs: dict[tuple[Any, ...], tuple[Tensor, Any]] = {}
-
-
-def remembered(key: tuple[Any, ...], marker: Tensor, make: Callable[[], Any]) -> Any:
-    """``make()``, once for each ``key`` and ``marker``, which is kept so that its address is not used again."""
-    whole = (*key, marker.data_ptr(), marker.device)
-    if whole not in _codecs:
-        _codecs[whole] = (marker, make())
-    return _codecs[whole][1]
-
-
-def default_launch(device: torch.device, gluon: bool | None = None) -> Launch:
-    """The measured best for a device; ``gluon`` forces one of the two kernels."""
-    hopper = _nvidia(device) and torch.cuda.get_device_capability(device) >= (9, 0)
-    return Launch(gluon=hopper if gluon is None else gluon, pdl=hopper)
-
-
-def _rows(used: int, gluon: bool) -> int:
-    """Query rows of a program: the smallest tile that holds them; more rows take more programs."""
-    tiles = (4, 8) if gluon else (8, 16)
-    return next((rows for rows in tiles if used <= rows), tiles[-1])
-
-
-def _square(D: int, C: int) -> dict[str, int]:
-    """A linear map between ``D`` and ``C`` channels, as the kernels that apply it take it: held in registers."""
-    dims, channels = triton.next_power_of_2(D), triton.next_power_of_2(C)
-    warps = max(1, min(16, dims * channels // 2048))
-    return {"D": D, "C": C, "DIMS": dims, "CHANNELS": channels, "num_warps": warps}
-
-
-def _residency(kv: Packed, launch: Launch, rows: int, device: torch.device) -> tuple[int, int]:
-    """Stages, and how many programs a device holds at once: measured on the H100, docs/kernels.md."""
+def _residency(kv: Packed, launch: Launch, rows: int) -> tuple[int, int]:
+    """Stages, and how many programs a multiprocessor holds at once: measured on the H100, docs/kernels.md."""
     page = sum(x.shape[-1] * x.element_size() for x in kv)
     stages = launch.stages or (4 if launch.gluon and 3000 < page < 7000 else 3)
     registers = (6 if rows <= 4 else 4) if launch.gluon else 3
     if kv.key_scales.dtype == torch.uint8:
         registers = 2  # not measured: from what the compiler reports
-    resident = max(1, min(registers, 220_000 // (stages * launch.warps * page)))
-    return stages, resident * _processors(device)
+    return stages, max(1, min(registers, 220_000 // (stages * launch.warps * page)))
 
 
 def _starts(widths: Sequence[int]) -> tuple[int, ...]:
@@ -370,17 +302,3 @@ def _starts(widths: Sequence[int]) -> tuple[int, ...]:
 def _bias_rows(bias: Tensor, B: int, H: int, used: int, rows: int) -> Tensor:
     grouped = bias.expand(B, *bias.shape[1:]).reshape(B, H, used, -1).float()
     return grouped.contiguous() if used == rows else F.pad(grouped, (0, 0, 0, rows - used))
-
-
-@lru_cache(maxsize=64)
-def _full(B: int, pages: int, device: torch.device) -> Tensor:
-    return torch.full((B,), pages, dtype=torch.int32, device=device)
-
-
-def _nvidia(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.version.hip is None and os.environ.get("TRITON_INTERPRET") != "1"
-
-
-@lru_cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

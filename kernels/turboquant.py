@@ -6,8 +6,9 @@ from torch import Tensor
 from kvtool import packing, rotation
 from kvtool.attention import Attended
 from kvtool.kernels.encode import Encoder, encode, encoder
+from kvtool.kernels.launch import default_launch, remembered
 from kvtool.kernels.mean import mean_bias
-from kvtool.kernels.packed import Codec, Packed, attend_packed, default_launch, remembered
+from kvtool.kernels.packed import Codec, Packed, attend_packed
 from kvtool.methods.base import LayerCalibration
 from kvtool.methods.turboquant import TurboQuant, TurboQuantKV
 

@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from kvtool.kernels import decode, decode_gluon, encode, mean, merge, query
+from kvtool.kernels import decode, decode_affine, decode_gluon, encode, mean, merge, query
 from kvtool.kernels.fragments import OFFSET
 
 TARGETS = {
@@ -28,6 +28,8 @@ POINTERS = {
     **dict.fromkeys(("QUERY",), "*i8"),
     **dict.fromkeys(("KINDS",), "*u8"),
     **dict.fromkeys(("KEY_SCALES", "VALUE_SCALES", "SCALES"), "*fp16"),
+    **dict.fromkeys(("KEY_STEPS", "KEY_MINIMA", "VALUE_STEPS", "VALUE_MINIMA"), "*fp16"),
+    **dict.fromkeys(("TABLES",), "*i32"),
     **dict.fromkeys(
         ("QUERY_START", "KEY_PAGES", "VALUE_PAGES", "KEY_TABLE", "VALUE_TABLE", "PAGES", "PAGE_TABLE", "WORDS"), "*i32"
     ),
@@ -47,6 +49,11 @@ def jobs(target: str):
     units = {"GROUPS": 4, "OFFSETS": starts(four), "HALF": 64, "DIMS": 128, "H": 8, "D": 128, "C": 128, "SCALE": 1}
     flags = {"KEYS": True, "CENTRED": True, "TURNED": True, "WIDTHS": four}
     yield "encode", encode._encode, {**units, **flags}, {"num_warps": 4}
+    ranges = {"KEY_SPAN": 32, "VALUE_SPAN": 1, "KEY_PER_TOKEN": False, "VALUE_PER_TOKEN": True}  # KIVI's
+    for side in ("KEY", "VALUE"):
+        ranges |= {f"{side}_WIDTH": 4, f"{side}_UNIT": decode_affine.UNIT[4], f"{side}_ZERO": decode_affine.ZERO[4]}
+    loop = {"CAPPED": False, "STAGES": 3, "WARPS": 4, "ASM": nvidia}
+    yield "affine", decode_affine.decode, {**dims, **ranges, **loop, "D": 128, "GROUPS": 4}, {"num_warps": 4}
     widths = {"4": (four, four), "mixed": ((4, 2, 2, 1), (3, 2, 2, 2)), "1": ((1,) * 4, (1,) * 4)}
     for name, (keys, values) in (widths | {"gains": ((4, 2, 2), (3, 2, 2, 1))}).items():
         common = {
@@ -81,7 +88,9 @@ def compiled(kernel, constants, options, target):
         (i,): [["tt.divisibility", 16]]
         for i, (name, kind) in enumerate(signature.items())
         if kind.startswith("*")
-        or re.fullmatch(r"(key|value|key_scale|value_scale|scales|words|x|query|map|matrix)_[bhpst]", name)
+        or re.fullmatch(
+            r"(key|value|key_scale|value_scale|key_range|value_range|scales|words|x|query|map|matrix)_[bhprst]", name
+        )
     }
     source = GluonASTSource if kernel.is_gluon() else ASTSource
     return triton.compile(source(kernel, signature, constants, aligned), target=target, options=options)

@@ -23,7 +23,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROPE = Rope(inv_freq=tuple(1e4 ** (-i / 32) for i in range(32)))
 
 
-def calibrated(key_widths, value_widths, D=64, H=2, group=3):
+def calibrated(key_widths, value_widths, D=64, H=2, group=3, tokens=128):
     """A layer as ``fit`` leaves it, for vectors of a steep spectrum, without the minutes that a fit takes."""
     generator = torch.Generator().manual_seed(0)
     shape = LayerShape(kind=LayerKind.FULL, num_heads=H * group, num_kv_heads=H, head_dim=D, scale=D**-0.5)
@@ -56,7 +56,7 @@ def calibrated(key_widths, value_widths, D=64, H=2, group=3):
         }
         tensors |= {f"{side}_{name}": tensor for name, tensor in fields.items()}
     layer = LayerCalibration(0, shape, ROPE, {name: tensor.to(DEVICE) for name, tensor in tensors.items()})
-    keys, values = (torch.randn(2, 1, H, 128, D, generator=generator) * steep).to(DEVICE)
+    keys, values = (torch.randn(2, 1, H, tokens, D, generator=generator) * steep).to(DEVICE)
     queries = (3 * torch.randn(1, H * group, 2, D, generator=generator)).to(DEVICE)
     return method, layer, keys, values, queries
 
@@ -77,10 +77,10 @@ def agree(found, exact):
 
 @pytest.mark.parametrize(
     ("key_widths", "value_widths", "softcap"),
-    [((4, 2, 2), (3, 1), None), ((8,), (4, 2, 1, 1), 30.0), ((1,), (2, 2), None)],
+    [((4, 2, 2), (3, 1), None), ((8,), (4, 2, 1, 1), 30.0), ((3, 1), (2, 2), None)],
 )
 def test_the_kernel_agrees_with_the_reference(key_widths, value_widths, softcap):
-    found, exact, kv = both(*calibrated(key_widths, value_widths), softcap)
+    found, exact, kv = both(*calibrated(key_widths, value_widths, H=1, tokens=320), softcap)
     assert not kv.outside.any()
     agree(found, exact)
 

@@ -1,0 +1,138 @@
+"""How a decode step is launched, whatever its pages hold: what is refused, how it is cut up, and the last merge."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from kvtool.attention import Attended
+from kvtool.errors import BackendError
+from kvtool.kernels.merge import merge
+
+HEAD_DIMS = (64, 80, 96, 128, 256)
+MAX_GROUP = 8  # query heads per KV head
+MAX_QUERIES = 8  # query tokens per step
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a decode is cut up. The defaults are for the H100; see docs/kernels.md for the measurements.
+
+    gluon: which of the two kernels.  splits: programs per KV head, None for one resident wave.
+    stages: steps of pages in flight, None for the measured best.
+    pdl: programmatic dependent launch, compute capability 9.0 and up.
+    """
+
+    gluon: bool = False
+    splits: int | None = None
+    stages: int | None = None
+    warps: int = 4
+    pdl: bool = False
+
+
+_codecs: dict[tuple[Any, ...], tuple[Tensor, Any]] = {}
+
+
+def remembered(key: tuple[Any, ...], marker: Tensor, make: Callable[[], Any]) -> Any:
+    """``make()``, once for each ``key`` and ``marker``, which is kept so that its address is not used again."""
+    whole = (*key, marker.data_ptr(), marker.device)
+    if whole not in _codecs:
+        _codecs[whole] = (marker, make())
+    return _codecs[whole][1]
+
+
+def default_launch(device: torch.device, gluon: bool | None = None) -> Launch:
+    """The measured best for a device; ``gluon`` forces one of the two kernels."""
+    hopper = nvidia(device) and torch.cuda.get_device_capability(device) >= (9, 0)
+    return Launch(gluon=hopper if gluon is None else gluon, pdl=hopper)
+
+
+def refuse(what: str, expected: str, found: object) -> None:
+    """Say what the kernels do not serve.
+
+    Raises:
+        BackendError: always.
+    """
+    raise BackendError(f"kernels: {what}: expected {expected}, found {found}; use --backend reference")
+
+
+def check_queries(queries: Tensor, kv_heads: int) -> None:
+    """Refuse ``queries`` [B, HQ, S, D] that no kernel serves.
+
+    Raises:
+        BackendError: in one sentence.
+    """
+    _, HQ, S, D = queries.shape
+    if D not in HEAD_DIMS:
+        refuse("head_dim", f"one of {', '.join(map(str, HEAD_DIMS))}", D)
+    if HQ % kv_heads or HQ // kv_heads > MAX_GROUP:
+        refuse("query heads", f"1 to {MAX_GROUP} per KV head", f"{HQ} for {kv_heads}")
+    if not 1 <= S <= MAX_QUERIES:
+        refuse("query tokens in a step", f"1 to {MAX_QUERIES}", S)
+    if queries.stride(-1) != 1 or not queries.is_floating_point():
+        refuse("queries", "floats, contiguous in the last dimension", f"{queries.dtype}, strides {queries.stride()}")
+
+
+def tile_rows(used: int, gluon: bool) -> int:
+    """Query rows of a program: the smallest tile that holds them; more rows take more programs."""
+    tiles = (4, 8) if gluon else (8, 16)
+    return next((rows for rows in tiles if used <= rows), tiles[-1])
+
+
+def square_map(D: int, C: int) -> dict[str, int]:
+    """A linear map between ``D`` and ``C`` channels, as the kernels that apply it take it: held in registers."""
+    dims, channels = triton.next_power_of_2(D), triton.next_power_of_2(C)
+    warps = max(1, min(16, dims * channels // 2048))
+    return {"D": D, "C": C, "DIMS": dims, "CHANNELS": channels, "num_warps": warps}
+
+
+def merged(
+    out: Tensor, lse: Tensor, output_map: Tensor, shape: tuple[int, int, int, int], dims: dict[str, int], pdl: bool
+) -> Attended:
+    """The splits of a step as one part, [B, HQ, S, D] = ``shape``.
+
+    out: float32 [programs, splits, ROWS, C].  lse: float32 [programs, splits, ROWS], log2.
+    output_map: float32 [H or 1, C, D].  dims: H, ROWS and BLOCKS of the decode.
+    """
+    _, HQ, S, D = shape
+    programs, splits, rows, channels = out.shape
+    result = torch.empty(shape, dtype=torch.float32, device=out.device)
+    result_lse = torch.empty(shape[:3], dtype=torch.float32, device=out.device)
+    merge[(programs, rows)](
+        out,
+        lse,
+        output_map,
+        result,
+        result_lse,
+        splits,
+        HQ // dims["H"] * S,
+        output_map.stride(0) if output_map.shape[0] > 1 else 0,
+        SPLITS=triton.next_power_of_2(splits),
+        **dims,
+        **square_map(D, channels),
+        PDL=pdl,
+        **({"launch_pdl": True} if pdl else {}),
+    )
+    return Attended(result, result_lse)
+
+
+@lru_cache(maxsize=64)
+def full(B: int, pages: int, device: torch.device) -> Tensor:
+    """int32 [B]: every sequence uses all its ``pages``."""
+    return torch.full((B,), pages, dtype=torch.int32, device=device)
+
+
+def nvidia(device: torch.device) -> bool:
+    """Whether kernels are compiled for an NVIDIA card, whose assembly they may use."""
+    return device.type == "cuda" and torch.version.hip is None and os.environ.get("TRITON_INTERPRET") != "1"
+
+
+@lru_cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
