@@ -10,6 +10,7 @@ from kvtool.kernels.launch import default_launch, remembered
 from kvtool.kernels.mean import mean_bias
 from kvtool.kernels.packed import Codec, Packed, attend_packed
 from kvtool.methods.base import LayerCalibration
+from kvtool.methods.finite import require_finite
 from kvtool.methods.turboquant import TurboQuant, TurboQuantKV
 
 
@@ -73,15 +74,21 @@ def compress(
     key_pages, key_scales = encode(keys, key_encoder, keys=True, mean=mean, rope=rope, positions=positions)
     value_pages, value_scales = encode(values, value_encoder, keys=False)
     empty = key_pages[..., :0]
-    return TurboQuantKV(key_pages, key_scales, value_pages, value_scales, empty, empty.half())
+    kv = TurboQuantKV(key_pages, key_scales, value_pages, value_scales, empty, empty.half())
+    require_finite(kv, layer.index)
+    return kv
 
 
 def encoders(method: TurboQuant, layer: LayerCalibration) -> tuple[Encoder, Encoder]:
     """How keys and values of a layer are encoded."""
-    both = []
-    for side, widths in zip(("key", "value"), method.widths(layer.shape.head_dim), strict=True):
-        missing = packing.GROUP * len(widths) - layer.shape.head_dim
-        matrix = F.pad(rotation.matrix(layer[f"{side}_rotation"]).mT, (0, missing))
-        levels = {widths[0]: layer[f"{side}_levels"]}
-        both.append(encoder(widths, matrix, levels, float(layer[f"{side}_step"]), method.scale))
-    return both[0], both[1]
+
+    def make() -> tuple[Encoder, Encoder]:
+        both = []
+        for side, widths in zip(("key", "value"), method.widths(layer.shape.head_dim), strict=True):
+            missing = packing.GROUP * len(widths) - layer.shape.head_dim
+            matrix = F.pad(rotation.matrix(layer[f"{side}_rotation"]).mT, (0, missing))
+            levels = {widths[0]: layer[f"{side}_levels"]}
+            both.append(encoder(widths, matrix, levels, float(layer[f"{side}_step"]), method.scale))
+        return both[0], both[1]
+
+    return remembered(("encode", method, layer.index), layer["key_rotation"], make)

@@ -10,14 +10,17 @@ from torch import Tensor
 
 from kvtool.attention import Attended
 from kvtool.errors import BackendError
-from kvtool.methods.base import LayerCalibration, Method
+from kvtool.methods.base import Carry, LayerCalibration, Method
 
 BACKENDS = ("auto", "reference", "triton", "gluon")
 MAX_STEP = 8  # query tokens that decode kernels take at once; a longer prompt over a compressed past is the reference's
 
 
 class Kernel(Protocol):
-    """``kernels/<method>.py`` offers ``attend`` with the reference's signature and ``method`` for ``self``."""
+    """``kernels/<method>.py`` offers ``attend`` with the reference's signature and ``method`` for ``self``.
+
+    It may offer ``compress(method, keys, values, layer, *, positions)`` as well, for a method without carry.
+    """
 
     def refuses(self, method: Method, *, gluon: bool = False) -> str | None:
         """Why these options of the method have no kernel, or none in Gluon; None if they have one."""
@@ -62,6 +65,23 @@ class Backend:
         return self.kernel.attend(
             method, queries, kv, layer, positions=positions, scale=scale, softcap=softcap, gluon=gluon
         )
+
+    def compress(
+        self,
+        method: Method,
+        keys: Tensor,
+        values: Tensor,
+        layer: LayerCalibration,
+        *,
+        positions: Tensor,
+        queries: Tensor | None = None,
+        carry: Carry = None,
+    ) -> tuple[Any, Carry]:
+        """As ``method.compress``, by the kernel where it has one: what is stored may differ by a rounding."""
+        by_kernel = getattr(self.kernel, "compress", None)
+        if by_kernel is None:
+            return method.compress(keys, values, layer, positions=positions, queries=queries, carry=carry)
+        return by_kernel(method, keys, values, layer, positions=positions), None
 
 
 def has_kernel(method: str) -> bool:

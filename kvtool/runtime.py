@@ -165,7 +165,8 @@ class CompressedLayer(DynamicLayer):
         # copies, not views: the compressed tokens' memory is really given back
         keys = torch.cat([self.keys[:, :, :sinks], self.keys[:, :, sinks + count :]], 2)
         values = torch.cat([self.values[:, :, :sinks], self.values[:, :, sinks + count :]], 2)
-        kv, self.carry = self.method.compress(
+        kv, self.carry = self.backend.compress(
+            self.method,
             self.keys[:, :, chosen],
             self.values[:, :, chosen],
             self.layer,

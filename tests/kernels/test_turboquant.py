@@ -10,12 +10,14 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from kvtool.attention import relative_error
-from kvtool.backends import choose_backend
-from kvtool.errors import BackendError
+from kvtool.backends import Backend, choose_backend
+from kvtool.errors import BackendError, ModelError
 from kvtool.kernels import turboquant as kernels
 from kvtool.kernels.mean import mean_logits
 from kvtool.methods import make_method
 from kvtool.methods.base import LayerCalibration
+from kvtool.policy import CachePolicy
+from kvtool.runtime import CompressedLayer
 from kvtool.shapes import LayerKind, LayerShape, Rope
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -97,3 +99,25 @@ def test_the_encoder_writes_the_bytes_of_the_reference(options):
         assert (pages != same).float().mean() < (1e-3 if DEVICE.type == "cpu" else 2e-2)
         scales, right = getattr(found, f"{name}_scales").float(), getattr(exact, f"{name}_scales").float()
         assert ((scales - right).abs() <= 2e-3 * right.abs()).all()
+
+
+def test_a_layer_served_by_kernels_is_that_served_by_the_reference():
+    """It packed with torch, operation by operation, whatever the back end."""
+    method = make_method("turboquant", {"k_bits": 4, "v_bits": 4, "codebook": "sphere"})
+    queries, _, layer, _ = compressed(method, 64)
+    keys, values = torch.randn(2, 1, 2, 140, 64, generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    found = {}
+    for backend in (Backend("reference"), Backend("triton", kernels)):
+        cache = CompressedLayer(method, layer, CachePolicy(sinks=4, window=8), backend)
+        cache.update(keys, values)
+        cache.settle(None)
+        found[backend.name] = cache.attend(queries, scale=0.125, softcap=None)
+    assert relative_error(found["triton"], found["reference"]) < 3e-3  # weights of 15 bits
+
+
+def test_the_encoder_refuses_what_overflows():
+    method = make_method("turboquant", {"k_bits": 2, "v_bits": 2, "codebook": "sphere"})
+    _, _, layer, positions = compressed(method, 64)
+    keys = torch.full((1, 2, 64, 64), torch.inf, device=DEVICE)
+    with pytest.raises(ModelError, match="layer 0: key_scales"):
+        kernels.compress(method, keys, keys, layer, positions=positions)
