@@ -51,7 +51,8 @@ def from_logits(scores: Tensor, values: Tensor) -> Attended:
     """Attention with the final logits ``scores`` [B, H, G, S, T] over ``values`` [B, H, T, D], for estimators."""
     limits = torch.finfo(scores.dtype)
     # finite also where no token is visible; one exponential serves weights and sum
-    top = scores.amax(-1, keepdim=True).clamp(min=limits.min)
+    nothing = scores.new_full((*scores.shape[:-1], 1), limits.min)
+    top = scores.amax(-1, keepdim=True).maximum(nothing) if scores.shape[-1] else nothing
     weights = (scores - top).exp_()
     total = weights.sum(-1, keepdim=True)
     summed = (weights.flatten(2, 3) @ values.to(weights.dtype)).unflatten(2, weights.shape[2:4])

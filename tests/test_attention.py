@@ -43,9 +43,11 @@ def test_parts_merge_exactly_and_their_weights_are_their_share(cuts):
         torch.testing.assert_close(weight(part, merged.lse), p[..., c].sum(-1).flatten(1, 2), rtol=0, atol=1e-12)
 
 
-def test_a_part_without_visible_tokens_is_nothing():
+@pytest.mark.parametrize("tokens", [100, 0])
+def test_a_part_without_visible_tokens_is_nothing(tokens):
     queries, keys, values, bias = inputs()
-    nothing = attend(queries, keys, values, torch.full_like(bias, -torch.inf), scale=0.25)
+    hidden = torch.full_like(bias, -torch.inf)[:, :, :tokens]
+    nothing = attend(queries, keys[:, :, :tokens], values[:, :, :tokens], hidden, scale=0.25)
     assert nothing.out.eq(0).all()
     assert nothing.lse.eq(-torch.inf).all()
     something = attend(queries, keys, values, bias, scale=0.25)
