@@ -24,7 +24,7 @@ from kvtool.backends import Backend, choose_backend
 from kvtool.calibration import Calibration
 from kvtool.errors import ModelError
 from kvtool.exact import exact_attention
-from kvtool.methods.base import LayerCalibration, Method, mapped
+from kvtool.methods.base import LOOKS_BACK, LayerCalibration, Method, mapped
 from kvtool.packing import PAGE
 from kvtool.parts import Parts
 from kvtool.policy import CachePolicy
@@ -259,7 +259,8 @@ class CompressedCache(Cache):
                 self.layers[i] = deepcopy(theirs)
                 continue
             mine.update(theirs.keys, theirs.values)
-            mine.settle(prefill.queries.get(i))
+            queries = prefill.queries.get(i)
+            mine.settle(None if queries is None else queries[:, :, -mine.method.looks_back :])
 
     def nbytes(self) -> CacheBytes:
         """What the cache costs now."""
@@ -292,7 +293,9 @@ class Prefill:
     queries: dict[int, Tensor]
 
 
-def exact_prefill(model: PreTrainedModel, input_ids: Tensor, *, last_queries: int = 64, chunk: int = 0) -> Prefill:
+def exact_prefill(
+    model: PreTrainedModel, input_ids: Tensor, *, last_queries: int = LOOKS_BACK, chunk: int = 0
+) -> Prefill:
     """Prefill ``input_ids`` [B, T] with the model's own attention, in chunks of ``chunk`` tokens (0: all at once).
 
     Keeps the last queries as well, so that a method may look at them when the cache is adopted.

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvtool.errors import InputError
-from kvtool.evaluate.passkey import DEPTHS, Outcome, Prompt, answer, make_prompts, recall
+from kvtool.evaluate.passkey import DEPTHS, Outcome, Prompt, answer, make_prompts, parse_question, recall
 from kvtool.runtime import exact_prefill
 
 HAY = "The cat sat on the mat. It was warm there! Was it late? No one knew, and no one asked. "
@@ -65,6 +65,25 @@ def test_four_labelled_keys_and_one_asked_for(tokenizer, haystack):
         label = question.partition("secret pass key for ")[2].partition(" mentioned")[0]
         assert f"The secret pass key for {label} is: {prompt.key}." in text
         assert question.endswith(f"The secret pass key for {label} is:")
+
+
+@pytest.mark.parametrize("question", ["end", "start"])
+def test_a_question_that_is_compressed_with_the_context(tokenizer, haystack, question):
+    """The same words in another order, in a prompt of the same length; only the answer's beginning is read later."""
+    (after,) = make_prompts(tokenizer, haystack, context=900, trials=1, seed=0)
+    (prompt,) = make_prompts(tokenizer, haystack, context=900, trials=1, seed=0, question=question)
+    asked = "What is the secret pass key mentioned in the provided text?"
+    text = tokenizer.decode(prompt.context)
+    assert tokenizer.decode(prompt.question) == "The secret pass key is:"
+    assert (prompt.key, prompt.answer) == (after.key, after.answer)
+    assert len(prompt.context) + len(prompt.question) + len(prompt.answer) == 900
+    assert text.count(asked) == 1
+    assert text.strip().endswith(asked) if question == "end" else text.strip().startswith(asked)
+
+
+def test_an_unknown_place_of_the_question_is_refused():
+    with pytest.raises(InputError, match="--passkey-question before: expected after, end or start"):
+        parse_question("before")
 
 
 def test_prompts_depend_on_the_seed_alone(tokenizer, haystack):

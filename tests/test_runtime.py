@@ -9,7 +9,7 @@ from kvtool.errors import BackendError, CalibrationError, ModelError
 from kvtool.exact import exact_attention
 from kvtool.methods.exact import Exact
 from kvtool.models.geometry import cache_shape
-from kvtool.runtime import CompressedCache, exact_prefill, serve
+from kvtool.runtime import CompressedCache, CompressedLayer, exact_prefill, serve
 
 SIZES = dict(vocab_size=97, hidden_size=64, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2)
 PLAIN = dict(do_sample=False, pad_token_id=0, eos_token_id=None)
@@ -95,6 +95,15 @@ def test_every_token_is_held_once_and_its_bytes_are_counted(llama):
     assert size.compressed == 3 * 2 * 2 * 16 * 256 * 4
     assert size.exact == 3 * 2 * 2 * 16 * 44 * 4
     assert size.resident >= size.compressed + size.exact
+
+
+def test_a_method_is_shown_the_queries_it_looks_back_on(llama, monkeypatch):
+    """However many the prefill kept, for it is shared with methods that look at more."""
+    shown = []
+    monkeypatch.setattr(CompressedLayer, "settle", lambda self, queries: shown.append(queries.shape[2]))
+    with serve(llama, calibration(llama)) as cache:
+        cache.adopt(exact_prefill(llama, prompt(300), last_queries=300))
+    assert shown == [64] * 3
 
 
 def test_exact_layers_are_left_alone(llama):

@@ -37,6 +37,9 @@ def evaluate(
     text: Annotated[str, typer.Option(help="Text that is scored: a shipped one, heldout, or a file.")] = "heldout",
     passkey_context: Annotated[str, typer.Option(help="Tokens of a pass key prompt, all in all.")] = "4k",
     passkey_trials: Annotated[int, typer.Option(min=1, help="Prompts, at depths from 0 to 100 %.")] = 22,
+    passkey_question: Annotated[
+        str, typer.Option(help="Asked after the context is compressed, or compressed with it: after, end or start.")
+    ] = "after",
     haystack: Annotated[str, typer.Option(help="Text the pass key is hidden in.")] = "austen",
     sinks: Annotated[
         int | None,
@@ -73,6 +76,7 @@ def evaluate(
     from kvtool import home, units
     from kvtool.evaluate.contestants import from_files, parse_baselines
     from kvtool.evaluate.gates import parse_gates
+    from kvtool.evaluate.passkey import parse_question
     from kvtool.evaluate.run import TASKS, Protocol
     from kvtool.evaluate.run import evaluate as run
     from kvtool.evaluate.table import markdown, table
@@ -92,6 +96,7 @@ def evaluate(
         chunk=units.parse_tokens(chunk),
         passkey_context=units.parse_tokens(passkey_context),
         passkey_trials=passkey_trials,
+        passkey_question=parse_question(passkey_question),
         seed=seed,
         backend=backend,
     )

@@ -16,6 +16,7 @@ from kvtool.errors import InputError
 from kvtool.evaluate.contestants import Contestant
 from kvtool.evaluate.kld import TokenScores, compare, join
 from kvtool.evaluate.reference import Segment, own_prefill
+from kvtool.methods.base import LOOKS_BACK
 from kvtool.runtime import CacheBytes, CompressedCache, Prefill, serve
 
 # relative L2; a lossy layer that reproduces attention better than this was not read back from what was stored
@@ -79,7 +80,9 @@ def attention_errors(cache: CompressedCache, prefill: Prefill) -> dict[int, floa
         if i not in prefill.queries or not layer.parts.tokens:
             continue
         shape = layer.layer.shape
-        exact, queries = prefill.cache.layers[i], prefill.queries[i]
+        # queries older than the window would see tokens that came after them
+        recent = max(1, min(LOOKS_BACK, layer.keys.shape[2] - layer.policy.sinks))
+        exact, queries = prefill.cache.layers[i], prefill.queries[i][:, :, -recent:]
         yardstick = attention.attend(
             queries.float(), exact.keys, exact.values, scale=shape.scale, softcap=shape.softcap, causal=True
         )

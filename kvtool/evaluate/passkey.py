@@ -3,12 +3,15 @@
 Wording and protocol are those for which the full cache of small models recalls every key: a 5-digit key in prose, a
 chat question, an answer begun by us. The context is compressed before the question is seen; greedy generation must
 give the key token for token. ``multikey`` hides four labelled keys and asks for one.
+
+The question may be compressed with the context as well: at its end, where the last queries know what is asked for, or
+as its start, where a method that looks at the last queries must do without.
 """
 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from transformers import PreTrainedModel
@@ -18,6 +21,7 @@ from kvtool.errors import InputError
 from kvtool.evaluate.intervals import clopper_pearson
 from kvtool.evaluate.measure import begin_of_text
 
+Question = Literal["after", "end", "start"]
 DEPTHS = tuple(i / 10 for i in range(11))
 _SNAP = 80  # tokens that a needle moves back to stand after a sentence
 
@@ -72,8 +76,27 @@ class Recall(NamedTuple):
     median_margin: float
 
 
+def parse_question(text: str) -> Question:
+    """Where the question stands.
+
+    Raises:
+        InputError: anything but after, end or start.
+    """
+    for name in get_args(Question):
+        if text == name:
+            return name
+    raise InputError(f"--passkey-question {text}: expected after, end or start")
+
+
 def make_prompts(
-    tokenizer: Any, haystack: Sequence[int], *, context: int, trials: int, seed: int, multikey: bool = False
+    tokenizer: Any,
+    haystack: Sequence[int],
+    *,
+    context: int,
+    trials: int,
+    seed: int,
+    multikey: bool = False,
+    question: Question = "after",
 ) -> list[Prompt]:
     """``trials`` prompts of exactly ``context`` tokens, answer included, at depths from 0 to 1.
 
@@ -82,7 +105,7 @@ def make_prompts(
     """
     rng = random.Random(f"{seed} {context} {multikey}")
     depths = [DEPTHS[i % 11] for i in range(trials)] if trials >= 11 else _spread(trials)
-    return [_prompt(tokenizer, haystack, context, depth, rng, multikey) for depth in depths]
+    return [_prompt(tokenizer, haystack, context, depth, rng, multikey, question) for depth in depths]
 
 
 def answer(model: PreTrainedModel, cache: Cache, prompt: Prompt, *, chunk: int) -> Outcome:
@@ -118,7 +141,13 @@ def _spread(trials: int) -> list[float]:
 
 
 def _prompt(
-    tokenizer: Any, haystack: Sequence[int], context: int, depth: float, rng: random.Random, multikey: bool
+    tokenizer: Any,
+    haystack: Sequence[int],
+    context: int,
+    depth: float,
+    rng: random.Random,
+    multikey: bool,
+    asked: Question,
 ) -> Prompt:
     before, between = _chat(tokenizer)
 
@@ -135,11 +164,17 @@ def _prompt(
         intro, question, begun = _MULTI_INTRO, _MULTI_QUESTION, _MULTI_ANSWER
         question, begun = question.format(label=labels[0]), begun.format(label=labels[0])
     # a chat template spells out its first token itself
-    head = ([] if before else begin_of_text(tokenizer)) + encode(before + intro)
-    tail = encode(question + between + begun)
+    first = question.strip() + "\n\n" if asked == "start" else ""
+    head = ([] if before else begin_of_text(tokenizer)) + encode(before + first + intro)
+    # what is compressed after the haystack, and what is read once it is
+    last, tail = {
+        "after": ([], encode(question + between + begun)),
+        "end": (encode(question + between), encode(begun)),
+        "start": (encode(between), encode(begun)),
+    }[asked]
     expected = encode(begun + " " + key)[len(encode(begun)) :]
     hidden = [(d, encode(text)) for d, text in needles]
-    room = context - len(head) - len(tail) - len(expected) - sum(len(ids) for _, ids in hidden)
+    room = context - len(head) - len(last) - len(tail) - len(expected) - sum(len(ids) for _, ids in hidden)
     if room < 1:
         raise InputError(f"--passkey-context {context}: the question alone takes {context - room} tokens; use more")
     if room > len(haystack):
@@ -148,7 +183,7 @@ def _prompt(
         )
     start = rng.randrange(len(haystack) - room + 1)
     hay = list(haystack[start : start + room])
-    return Prompt(head + _hide(tokenizer, hay, hidden), tail, expected, depth, key)
+    return Prompt(head + _hide(tokenizer, hay, hidden) + last, tail, expected, depth, key)
 
 
 def _chat(tokenizer: Any) -> tuple[str, str]:

@@ -28,6 +28,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from kvtool.adapter import adapted
 from kvtool.calibration import Calibration
 from kvtool.home import home
+from kvtool.methods.base import LOOKS_BACK
 from kvtool.runtime import Prefill, exact_prefill
 
 FORMAT = 1
@@ -93,12 +94,14 @@ def prune(root: Path, *, keep: Path, limit: int = _KEEP_TOTAL) -> None:
             total -= sizes[path]
 
 
-def segments(model: PreTrainedModel, ids: Tensor, store: Store, *, prefix: int, chunk: int) -> Iterator[Segment]:
-    """The segments of ``ids`` [n, P + S + 1], P = ``prefix``, one at a time."""
+def segments(
+    model: PreTrainedModel, ids: Tensor, store: Store, *, prefix: int, chunk: int, queries: int = LOOKS_BACK
+) -> Iterator[Segment]:
+    """The segments of ``ids`` [n, P + S + 1], P = ``prefix``, one at a time, with the prefix's last ``queries``."""
     for i, row in enumerate(ids):
-        segment = _restore(model, row[None], store.load(str(i)), prefix, chunk)
+        segment = _restore(model, row[None], store.load(str(i)), prefix, chunk, queries)
         if segment is None:
-            segment, tensors = _compute(model, row[None], prefix, chunk, segments=len(ids))
+            segment, tensors = _compute(model, row[None], prefix, chunk, queries, segments=len(ids))
             store.save(str(i), tensors)
         yield segment
 
@@ -108,7 +111,7 @@ def own_prefill(model: PreTrainedModel, calibration: Calibration, ids: Tensor, p
     if calibration.adapter is None:
         return prefill
     with adapted(model, calibration.adapter):
-        return exact_prefill(model, ids, chunk=PREFILL_CHUNK)
+        return exact_prefill(model, ids, last_queries=calibration.method.looks_back, chunk=PREFILL_CHUNK)
 
 
 def fork(cache: Cache) -> Cache:
@@ -120,9 +123,9 @@ def fork(cache: Cache) -> Cache:
 
 
 def _compute(
-    model: PreTrainedModel, ids: Tensor, prefix: int, chunk: int, *, segments: int
+    model: PreTrainedModel, ids: Tensor, prefix: int, chunk: int, queries: int, *, segments: int
 ) -> tuple[Segment, dict[str, Tensor]]:
-    prefill = exact_prefill(model, ids[:, :prefix], chunk=PREFILL_CHUNK)
+    prefill = exact_prefill(model, ids[:, :prefix], last_queries=queries, chunk=PREFILL_CHUNK)
     states, logits, cache = [], [], fork(prefill.cache)
     for part in ids[:, prefix:-1].split(chunk, 1):
         with _output_input(model) as seen:
@@ -134,13 +137,13 @@ def _compute(
         for seen, found in zip(states, logits, strict=True)
     )
     tensors = {"states": torch.cat([seen[0][0] for seen in states])} if reproduced else {"logits": segment.logits}
-    tensors |= {f"queries.{i}": queries for i, queries in prefill.queries.items()}
+    tensors |= {f"queries.{i}": kept for i, kept in prefill.queries.items()}
     tensors |= _prefix_tensors(prefill.cache, _KEEP_PREFIX // segments)
     return segment, tensors
 
 
 def _restore(
-    model: PreTrainedModel, ids: Tensor, tensors: dict[str, Tensor] | None, prefix: int, chunk: int
+    model: PreTrainedModel, ids: Tensor, tensors: dict[str, Tensor] | None, prefix: int, chunk: int, queries: int
 ) -> Segment | None:
     if tensors is None:
         return None
@@ -151,11 +154,12 @@ def _restore(
         logits = tensors["logits"]
     cache = DynamicCache(config=model.config)
     if "keys.0" not in tensors:
-        return Segment(ids, exact_prefill(model, ids[:, :prefix], chunk=PREFILL_CHUNK), logits)
+        prefill = exact_prefill(model, ids[:, :prefix], last_queries=queries, chunk=PREFILL_CHUNK)
+        return Segment(ids, prefill, logits)
     for i, layer in enumerate(cache.layers):
         layer.update(tensors[f"keys.{i}"], tensors[f"values.{i}"])
-    queries = {int(name.split(".")[1]): t for name, t in tensors.items() if name.startswith("queries.")}
-    return Segment(ids, Prefill(cache, queries), logits)
+    kept = {int(name.split(".")[1]): t for name, t in tensors.items() if name.startswith("queries.")}
+    return Segment(ids, Prefill(cache, kept), logits)
 
 
 def _prefix_tensors(cache: Cache, limit: int) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from kvtool.evaluate import rows as row
 from kvtool.evaluate.contestants import Contestant
 from kvtool.evaluate.kld import drift
 from kvtool.evaluate.measure import Tally, begin_of_text, problems, score_segment, take_segments
-from kvtool.evaluate.passkey import Outcome, answer, make_prompts, recall
+from kvtool.evaluate.passkey import Outcome, Question, answer, make_prompts, recall
 from kvtool.evaluate.reference import PREFILL_CHUNK, Store, fork, own_prefill, segments
 from kvtool.evaluate.rows import Row
 from kvtool.models import LoadedModel
@@ -28,6 +28,7 @@ class Protocol:
 
     prefix: tokens compressed before scoring. score: tokens scored after them. segments: stretches of text.
     chunk: tokens scored in one forward pass; within it they see each other exactly, afterwards as the cache keeps them.
+    passkey_question: ``after`` the context is compressed, or with it: at its ``end`` or as its ``start``.
     """
 
     tasks: tuple[str, ...] = ("kld", "passkey")
@@ -37,6 +38,7 @@ class Protocol:
     chunk: int = 128
     passkey_context: int = 4096
     passkey_trials: int = 22
+    passkey_question: Question = "after"
     seed: int = 42
     backend: str = "auto"
 
@@ -104,6 +106,7 @@ class _Run:
         self.text, self.haystack, self.progress = text, haystack, progress
         self.compressed = [one for one in contestants if one.calibration is not None]
         tasks = {"kld": protocol.segments} | dict.fromkeys(TASKS[1:], protocol.passkey_trials)
+        self.queries = max((one.calibration.method.looks_back for one in self.compressed if one.calibration), default=1)
         self.total, self.done = sum(tasks[task] for task in protocol.tasks) * (1 + len(self.compressed)), 0
         dtype, device = str(self.model.dtype).removeprefix("torch."), self.model.device
         self.setting = {"model_fingerprint": loaded.fingerprint, "dtype": dtype, "device": device.type}
@@ -124,9 +127,11 @@ class _Run:
         length, bos = protocol.prefix + protocol.score + 1, begin_of_text(self.loaded.tokenizer)
         ids = take_segments(self.text.ids, count=protocol.segments, length=length, bos=bos)
         what = {"task": "kld", "ids": _hash(ids.tolist()), "prefix": protocol.prefix, "chunk": protocol.chunk}
-        store = Store.of(**what, **self.setting)
+        store = Store.of(**what, **self.setting, queries=self.queries)
         tallies = {one.name: Tally() for one in self.compressed}
-        for segment in segments(model, ids.to(model.device), store, prefix=protocol.prefix, chunk=protocol.chunk):
+        for segment in segments(
+            model, ids.to(model.device), store, prefix=protocol.prefix, chunk=protocol.chunk, queries=self.queries
+        ):
             self.step()
             for one in self.compressed:
                 tally = tallies[one.name]
@@ -155,6 +160,7 @@ class _Run:
             trials=protocol.passkey_trials,
             seed=protocol.seed,
             multikey=task == "multikey",
+            question=protocol.passkey_question,
         )
         store = Store.of(
             task=task, prompts=_hash([asdict(prompt) for prompt in prompts]), chunk=protocol.chunk, **self.setting
@@ -164,7 +170,7 @@ class _Run:
         full = []
         for i, prompt in enumerate(prompts):
             ids = torch.tensor([prompt.context], device=model.device)
-            prefill = exact_prefill(model, ids, chunk=PREFILL_CHUNK)
+            prefill = exact_prefill(model, ids, last_queries=self.queries, chunk=PREFILL_CHUNK)
             known = store.load(str(i))
             if known is None:
                 outcome = answer(model, fork(prefill.cache), prompt, chunk=protocol.chunk)

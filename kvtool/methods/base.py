@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]  # done, total
 Carry = Any  # what a method hands from one block to the next; None for most
+LOOKS_BACK = 64  # queries
+WHOLE_PROMPT = 1 << 30  # more queries than there are
 
 
 class Decompressed(NamedTuple):
@@ -86,6 +88,11 @@ class Method(ABC):
     block: ClassVar[int | None] = packing.PAGE  # tokens compressed together
     sees_sinks: ClassVar[bool] = False  # fit is shown the sinks as well: attention cannot be weighed without them
     moves: ClassVar[bool] = False  # what is compressed changes between passes, see :meth:`observe`
+
+    @property
+    def looks_back(self) -> int:
+        """How many of a prompt's last queries :meth:`compress` looks at; serving may hand over more."""
+        return LOOKS_BACK
 
     def schema(self, shape: CacheShape) -> dict[str, TensorSpec]:
         """The tensors of an artifact: ``layers.<i>.<field>``, or ``<field>`` when layers share it."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kvtool import scores
 from kvtool.attention import Attended
-from kvtool.methods.base import Carry, Decompressed, LayerCalibration, Method, Progress
+from kvtool.methods.base import LOOKS_BACK, WHOLE_PROMPT, Carry, Decompressed, LayerCalibration, Method, Progress
 from kvtool.rdkv.budget import parse_share
 from kvtool.shapes import LayerShape, TensorSpec
 
@@ -68,6 +68,10 @@ class Eviction(Method):
     def _is_a_share(cls, text: str) -> str:
         parse_share(text)
         return text
+
+    @property
+    def looks_back(self) -> int:
+        return WHOLE_PROMPT if self.policy == "expected" else max(LOOKS_BACK, self.window)
 
     def layer_schema(self, shape: LayerShape) -> dict[str, TensorSpec]:
         return {"fraction": TensorSpec("float32", ())}

@@ -22,7 +22,16 @@ from torch import Tensor
 from kvtool import scores
 from kvtool.allocation import allocate
 from kvtool.attention import Attended
-from kvtool.methods.base import Carry, Claim, Decompressed, LayerCalibration, Method, Progress
+from kvtool.methods.base import (
+    LOOKS_BACK,
+    WHOLE_PROMPT,
+    Carry,
+    Claim,
+    Decompressed,
+    LayerCalibration,
+    Method,
+    Progress,
+)
 from kvtool.packing import PAGE, groups
 from kvtool.rdkv.budget import budget_fraction, parse_share
 from kvtool.rdkv.pages import LEVELS, Pages, level_bytes, pack, unpack
@@ -95,6 +104,10 @@ class RDKV(Method):
         if (self.max_gib is None) != (self.at_context is None):
             raise ValueError("max_gib and at_context belong together; give both, such as max_gib 4 at_context 128k")
         return self
+
+    @property
+    def looks_back(self) -> int:
+        return max(LOOKS_BACK, self.window) if self.scoring == "window" else WHOLE_PROMPT
 
     def layer_schema(self, shape: LayerShape) -> dict[str, TensorSpec]:
         H, D, G = shape.num_kv_heads, shape.head_dim, groups(shape.head_dim)
