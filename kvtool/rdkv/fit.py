@@ -134,15 +134,15 @@ def measure(
         for basis, out in ((0, whole), (1, grouped)):
             y = centred @ bases[:, basis]
             scale = scales[:, None] if basis else torch.ones(H, 1, D)
-            q = seen.queries @ bases[:, basis]  # [H, G*Q, D]
+            q = seen.queries @ bases[:, basis] * sample.shape.scale  # [H, G*Q, D]
             size = gain(gain_code((y / scale).flatten(0, 1))).reshape(*y.shape[:2], 1)
             for w, width in enumerate(WIDTHS):
                 widths = [width] * G
                 error = table_values(table_codes(y / scale / size, widths), widths) * size * scale - y
                 for g in range(G if basis else 1):
                     part = slice(g * GROUP, (g + 1) * GROUP) if basis else slice(None)
-                    noise = (q[..., part] @ error[..., part].mT * sample.shape.scale).pow(2)
-                    (out[:, g] if basis else out)[:, w] += (seen.weight * noise).sum((1, 2))
+                    noise = (q[..., part] @ error[..., part].mT).square_().mul_(seen.weight)
+                    (out[:, g] if basis else out)[:, w] += noise.sum((1, 2))
         v = sample.values.float()[:, seen.tokens] @ value_basis
         size = gain(gain_code(v.flatten(0, 1))).reshape(*v.shape[:2], 1)
         for w, width in enumerate(WIDTHS):
