@@ -13,7 +13,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from kvtool.bounds.measures import MEASURES, Evidence
+from kvtool.bounds.measures import Evidence, measure
 from kvtool.bounds.statistics import clopper_pearson, effective_cases
 from kvtool.calibration import Calibration
 from kvtool.errors import CaptureError
@@ -23,14 +23,6 @@ from kvtool.packing import PAGE
 if TYPE_CHECKING:
     from kvtool.capture import Capture, LayerSample
 
-NEEDS_QUERIES = {
-    "inner_product_nmse",
-    "inner_product_bias",
-    "logit_mse",
-    "output_error",
-    "missing_mass",
-    "missing_mass_excess",
-}
 QUERIES = 128  # of each query head, from the end of the text
 
 
@@ -139,12 +131,7 @@ def _check_layer(
 ) -> list[ClaimResult]:
     results = []
     for claim in claims:
-        if claim.quantity in NEEDS_QUERIES and any(part.queries is None for part in parts):
-            raise CaptureError(
-                f"layer {index}: {calibration.method.name} claims {claim.quantity}, which needs queries, and the "
-                "capture has none; capture again with --queries all"
-            )
-        cases = [MEASURES[claim.quantity](part) for part in parts]
+        cases = [measure(claim.quantity, part) for part in parts]
         results.append(_judge(claim, index, torch.cat(cases, 1).double(), confidence))
     return results
 

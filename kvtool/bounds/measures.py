@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvtool import attention
 from kvtool.attention import Attended
+from kvtool.errors import CaptureError
 from kvtool.methods.base import Decompressed, LayerCalibration, Method, nbytes
 
 
@@ -59,7 +60,7 @@ def residual_nmse(evidence: Evidence) -> Tensor:
 
 def inner_product_nmse(evidence: Evidence) -> Tensor:
     """(q.k - q.k^)^2 / (||q||^2 ||k||^2) of each token, averaged over the queries of its group."""
-    queries = _grouped(evidence)
+    queries = grouped(evidence)
     queries = queries / queries.norm(dim=-1, keepdim=True)
     errors = queries @ (evidence.decoded.keys[0] - evidence.keys).mT  # [H, G*S, T]
     return errors.square().mean(1) / evidence.keys.square().sum(-1)
@@ -67,7 +68,7 @@ def inner_product_nmse(evidence: Evidence) -> Tensor:
 
 def inner_product_bias(evidence: Evidence) -> Tensor:
     """|slope - 1| of q.k^ against q.k over all pairs of a head; [H, 1]."""
-    queries = _grouped(evidence)
+    queries = grouped(evidence)
     exact = queries @ evidence.keys.mT
     found = queries @ evidence.decoded.keys[0].mT
     return ((found * exact).sum((1, 2)) / exact.square().sum((1, 2)) - 1).abs()[:, None]
@@ -78,7 +79,7 @@ def logit_mse(evidence: Evidence) -> Tensor:
 
     The mean error of a query is taken out: softmax does not see it.
     """
-    errors = _grouped(evidence) @ (evidence.decoded.keys[0] - evidence.keys).mT * evidence.layer.shape.scale
+    errors = grouped(evidence) @ (evidence.decoded.keys[0] - evidence.keys).mT * evidence.layer.shape.scale
     return (errors - errors.mean(-1, keepdim=True)).square().mean(1)
 
 
@@ -132,6 +133,11 @@ MEASURES: dict[str, Measure] = {
 }
 
 
+def measure(quantity: str, evidence: Evidence) -> Tensor:
+    """The cases [H, N] of ``quantity``, one of :data:`MEASURES` or of the method's own."""
+    return (MEASURES | dict(evidence.method.measures()))[quantity](evidence)
+
+
 def _both(evidence: Evidence) -> tuple[Attended, Attended]:
     """Attention over the held-out tokens, exact and as the method has it."""
     queries, shape = _queries(evidence)[None], evidence.layer.shape
@@ -155,10 +161,17 @@ def _nmse(found: Tensor, exact: Tensor) -> Tensor:
 
 def _queries(evidence: Evidence) -> Tensor:
     if evidence.queries is None:
-        raise ValueError("this measure needs queries")
+        raise CaptureError(
+            f"layer {evidence.layer.index}: {evidence.method.name} claims something of queries, and the capture has "
+            "none; capture again with --queries all"
+        )
     return evidence.queries
 
 
-def _grouped(evidence: Evidence) -> Tensor:
-    """Queries by the KV head they read, [H, G*S, D]."""
+def grouped(evidence: Evidence) -> Tensor:
+    """Queries by the KV head they read, [H, G*S, D].
+
+    Raises:
+        CaptureError: the capture has none.
+    """
     return _queries(evidence).unflatten(0, (evidence.keys.shape[0], -1)).flatten(1, 2)

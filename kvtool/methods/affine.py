@@ -7,7 +7,8 @@ The minimum is a float, not an integer zero point: it need not lie on the grid. 
 32 channels; its residual of recent tokens is the runtime's exact window. Nothing is learnt from data.
 """
 
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import AfterValidator, Field
@@ -15,8 +16,12 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from kvtool import packing
-from kvtool.methods.base import Carry, Decompressed, LayerCalibration, Method
+from kvtool.methods.base import Carry, Claim, Decompressed, LayerCalibration, Method
 from kvtool.methods.finite import require_finite
+from kvtool.shapes import CacheShape
+
+if TYPE_CHECKING:
+    from kvtool.bounds.measures import Evidence, Measure
 
 Axis = Literal["channel", "token"]
 
@@ -94,6 +99,23 @@ class Affine(Method):
             decode(value_codes, kv.value_scales, kv.value_minima, self.v_axis, self.v_group),
         )
 
+    def claims(self, shape: CacheShape, tensors: Mapping[str, Tensor]) -> Sequence[Claim]:
+        """Rounding to a grid that reaches from minimum to maximum moves no number by more than half a step."""
+        return [Claim(f"{side}_half_step", 1.0, "always", "rounding to a uniform grid") for side in ("key", "value")]
+
+    def measures(self) -> "Mapping[str, Measure]":
+        def key_half_step(evidence: "Evidence") -> Tensor:
+            kv, exact, found = evidence.kv, evidence.keys, evidence.decoded.keys[0]
+            most = tolerance(kv.key_scales, kv.key_minima, self.k_bits, self.k_axis, self.k_group, exact.shape[-1])
+            return ((found - exact).abs() / most[0]).amax(-1)
+
+        def value_half_step(evidence: "Evidence") -> Tensor:
+            kv, exact, found = evidence.kv, evidence.values, evidence.decoded.values[0]
+            most = tolerance(kv.value_scales, kv.value_minima, self.v_bits, self.v_axis, self.v_group, exact.shape[-1])
+            return ((found - exact).abs() / most[0]).amax(-1)
+
+        return {"key_half_step": key_half_step, "value_half_step": value_half_step}
+
 
 def _widths(bits: int, head_dim: int) -> list[int]:
     return [bits if bits <= 4 else 8] * packing.groups(head_dim)
@@ -114,6 +136,18 @@ def decode(codes: Tensor, scales: Tensor, minima: Tensor, axis: Axis, group: int
     """The inverse of :func:`encode`: float32 [B, H, T, D]."""
     scale, low = (_unpack(ranges, axis).float()[..., None] for ranges in (scales, minima))
     return _ungroup(low + scale * _group(codes, axis, group), axis, group, codes.shape[-1])
+
+
+def tolerance(scales: Tensor, minima: Tensor, bits: int, axis: Axis, group: int, head_dim: int) -> Tensor:
+    """The most a number may be off, [B, H, T, D]: half a step, and what float16 made of the range.
+
+    The minimum and each step are rounded by up to 2^-11 of themselves, so the end of the grid by 2^b - 1 of the latter.
+    """
+    scale, low = (_unpack(ranges, axis).float()[..., None] for ranges in (scales, minima))
+    most = 0.5 * scale + 2.0**-11 * (low.abs() + (2**bits - 1) * scale) + _TINY
+    size = group or (packing.PAGE if axis == "channel" else head_dim)
+    size = min(size, head_dim) if axis == "token" else size
+    return _ungroup(most.expand(*most.shape[:-1], size), axis, group, head_dim)
 
 
 def _group(x: Tensor, axis: Axis, group: int) -> Tensor:

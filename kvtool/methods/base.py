@@ -16,6 +16,7 @@ from kvtool.attention import Attended
 from kvtool.shapes import CacheShape, LayerShape, Rope, TensorSpec
 
 if TYPE_CHECKING:
+    from kvtool.bounds.measures import Measure
     from kvtool.calibration import Calibration
     from kvtool.capture import Capture, LayerSample
     from kvtool.finetune import Tuned
@@ -45,7 +46,7 @@ class Decompressed(NamedTuple):
 class Claim:
     """Something a method says of itself that ``verify-bound`` measures.
 
-    quantity: a name in ``bounds.MEASURES``, e.g. ``key_nmse``.
+    quantity: a name in ``bounds.MEASURES``, e.g. ``key_nmse``, or in the method's own ``measures``.
     limit: what the quantity must not exceed.
     kind: ``always`` (every token), ``expected`` (the mean) or ``probability`` (a share of cases).
     source: a theorem, e.g. ``arXiv 2504.19874, theorem 1``, or ``calibration`` for what was measured when fitted.
@@ -220,6 +221,10 @@ class Method(ABC):
     def claims(self, shape: CacheShape, tensors: Mapping[str, Tensor]) -> Sequence[Claim]:
         """What ``verify-bound`` measures, given the artifact's ``tensors``: what a source proves or the fit found."""
         return ()
+
+    def measures(self) -> "Mapping[str, Measure]":
+        """Quantities that only this method's claims speak of, by name."""
+        return {}
 
 
 @dataclass(frozen=True)

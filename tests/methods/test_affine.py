@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvtool.bounds.measures import Evidence, measure
 from kvtool.errors import MethodOptionError, ModelError
 from kvtool.methods import affine, make_method
 from kvtool.methods.base import LayerCalibration, nbytes
@@ -132,3 +133,32 @@ def test_an_overflowing_cache_is_refused_in_one_sentence(bad):
 def test_bad_options_are_named(options, message):
     with pytest.raises(MethodOptionError, match=message):
         make_method("affine", options)
+
+
+@pytest.mark.parametrize("axis", ["channel", "token"])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_no_number_moves_by_more_than_half_a_step(axis, bits):
+    """Numbers far from zero, of any size, and a last group that is short."""
+    method = make_method("affine", {"k_axis": axis, "v_axis": axis, "k_bits": bits, "v_bits": bits, "v_group": 0})
+    x = gaussian(D=80) * torch.logspace(-4, 2, 80) + 30 * gaussian(D=80, T=1, seed=1)
+    moved = half_steps(method, x)
+    assert all(cases.max() <= 1 for cases in moved.values())
+    # a bound that is never near says little
+    assert all(cases.max() > 0.7 for cases in moved.values())
+
+
+def test_truncating_instead_of_rounding_breaks_the_half_step_bound(monkeypatch):
+    # a code rounded down is half a step too low on average
+    monkeypatch.setattr(torch.Tensor, "round", torch.Tensor.floor)
+    moved = half_steps(make_method("affine"), gaussian())
+    assert all(cases.max() > 1 for cases in moved.values())
+
+
+def half_steps(method, x):
+    _, H, T, D = x.shape
+    shape = LayerShape(kind=LayerKind.FULL, num_heads=H, num_kv_heads=H, head_dim=D, scale=D**-0.5)
+    layer, positions = LayerCalibration(0, shape, None, {}), torch.arange(T)
+    kv, _ = method.compress(x, x, layer, positions=positions)
+    decoded = method.decompress(kv, layer, positions=positions)
+    evidence = Evidence(method, layer, x[0], x[0], None, positions, kv, decoded)
+    return {claim.quantity: measure(claim.quantity, evidence) for claim in method.claims(None, {})}
