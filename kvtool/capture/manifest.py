@@ -137,7 +137,9 @@ def check_sizes(root: Path, manifest: Manifest) -> None:
             raise CaptureError(f"{root}: {name} is missing; capture again") from error
         if size != record.bytes:
             found, expected = format_bytes(size), format_bytes(record.bytes)
-            raise CaptureError(f"{root}: {name} holds {size} bytes ({found}), expected {record.bytes} ({expected})")
+            raise CaptureError(
+                f"{root}: {name} holds {size} bytes ({found}), expected {record.bytes} ({expected}); capture again"
+            )
 
 
 def _brief(value: object) -> str:
