@@ -53,9 +53,11 @@ def make_method(name: str, options: Mapping[str, Any] | None = None, *, where: s
         return method(**options)
     except ValidationError as error:
         first = error.errors()[0]
-        option = ".".join(map(str, first["loc"])) or "options"
+        # what speaks of several options together has no place of its own
+        option = ".".join(map(str, first["loc"]))
+        what = f"{name} {option}={first['input']!r}" if option else name
         message = str(first["msg"]).removeprefix("Value error, ")
-        raise MethodOptionError(f"{where}: {name} {option}={first['input']!r}: {message}") from error
+        raise MethodOptionError(f"{where}: {what}: {message}") from error
 
 
 def suggest(word: str, known: Any) -> str:

@@ -18,19 +18,22 @@ does most damage have one more stage.
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple, Self
 
 import torch
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from kvtool import attention, centring, packing, rotation
+from kvtool import attention, centring, packing, rina_tiles, rotation
 from kvtool.attention import Attended
 from kvtool.centring import Centre
 from kvtool.errors import CaptureError, ModelError
 from kvtool.methods import rina_code as code
 from kvtool.methods.base import Carry, Decompressed, LayerCalibration, Method
+from kvtool.rina_fit import fit_beta, fit_kappa
+from kvtool.rina_plan import Plan, choose
+from kvtool.rina_tiles import TilesKV
 from kvtool.shapes import LayerShape, Rope, TensorSpec
 
 if TYPE_CHECKING:
@@ -75,14 +78,38 @@ class RINA(Method):
     paper: ClassVar[str] = "https://github.com/Misaka477/RINA-1bit-KV"
     summary: ClassVar[str] = "recursive 1-bit stages over sub-spaces, error feedback on values, noise-corrected logits"
 
-    k_stages: int = Field(1, ge=1, le=4, description="one-bit stages of keys")
-    v_stages: int = Field(1, ge=1, le=4, description="one-bit stages of values")
+    k_stages: int = Field(1, ge=1, le=8, description="one-bit stages of keys")
+    v_stages: int = Field(1, ge=1, le=8, description="one-bit stages of values")
     subspace: Subspace = Field(32, description="channels that share a level distance; head_dim if smaller")
     extra: int = Field(0, ge=0, le=32, description="keys of each page of 64 with one more stage: the noisiest")
     feedback: bool = Field(True, description="carry the error of a value to the next, where attention is diffuse")
     correction: bool = Field(True, description="correct the logits for the noise of each key")
     mean: Centre = Field("rotated", description="mean removed from keys")
     seed: int = Field(0, ge=0, description="of the rotations")
+    target_bits: float | None = Field(
+        None, gt=0, le=16, description="choose stages, subspace and extra: the best of at most so many bits per value"
+    )
+    variant: Literal["kvtool", "published"] = Field("kvtool", description="or the published tile pursuit, to compare")
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> Self:
+        if self.target_bits is not None:
+            if self.variant == "published":
+                raise ValueError("target_bits chooses for variant kvtool; give variant published its stages")
+            given = [name for name in Plan._fields if getattr(self, name) != getattr(type(self), name)]
+            if given:
+                raise ValueError(f"target_bits chooses {', '.join(given)}; give one or the other")
+        return self
+
+    def at(self, head_dim: int) -> "RINA":
+        """What ``target_bits`` means for heads of ``head_dim`` channels.
+
+        Raises:
+            MethodOptionError: nothing costs so little.
+        """
+        if self.target_bits is None:
+            return self
+        return replace(self, target_bits=None, **choose(self.target_bits, head_dim)._asdict())
 
     def data_free(self) -> Self | None:
         return None  # the levels are fitted: there is no version without data
@@ -96,7 +123,11 @@ class RINA(Method):
         positions: Tensor,
         queries: Tensor | None = None,
         carry: Carry = None,
-    ) -> tuple[RINAKV, Carry]:
+    ) -> tuple[RINAKV | TilesKV, Carry]:
+        if self.target_bits is not None:
+            return self.at(keys.shape[-1]).compress(keys, values, layer, positions=positions)
+        if self.variant == "published":
+            return rina_tiles.compress(keys, values, layer, self.k_stages, self.v_stages), None
         k = rotation.rotate(keys.float() - self._mean(layer, positions), layer["key_rotation"])
         v = rotation.rotate(values, layer["value_rotation"])
         if not (k.isfinite().all() and v.isfinite().all()):
@@ -123,7 +154,11 @@ class RINA(Method):
             *extra,
         ), None
 
-    def decompress(self, kv: RINAKV, layer: LayerCalibration, *, positions: Tensor) -> Decompressed:
+    def decompress(self, kv: RINAKV | TilesKV, layer: LayerCalibration, *, positions: Tensor) -> Decompressed:
+        if isinstance(kv, TilesKV):
+            return rina_tiles.decompress(kv, layer)
+        if self.target_bits is not None:
+            return self.at(layer.shape.head_dim).decompress(kv, layer, positions=positions)
         k, _ = self._keys(kv, layer)
         D = layer.shape.head_dim
         bits = _unpack_stages(kv.value_pages, self.v_stages, D, packing.unpack_values)
@@ -136,17 +171,22 @@ class RINA(Method):
     def attend(
         self,
         queries: Tensor,
-        kv: RINAKV,
+        kv: RINAKV | TilesKV,
         layer: LayerCalibration,
         *,
         positions: Tensor,
         scale: float,
         softcap: float | None = None,
     ) -> Attended:
+        if isinstance(kv, TilesKV):
+            return super().attend(queries, kv, layer, positions=positions, scale=scale, softcap=softcap)
+        if self.target_bits is not None:
+            chosen = self.at(layer.shape.head_dim)
+            return chosen.attend(queries, kv, layer, positions=positions, scale=scale, softcap=softcap)
         keys, values, _ = self.decompress(kv, layer, positions=positions)
         logits = attention.logits(queries, keys, scale=scale)
         if self.correction:
-            logits = logits + self._correction(queries, kv, layer, scale=scale)
+            logits = logits + self.correction_of(queries, kv, layer, scale=scale)
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         return attention.from_logits(logits, values)
@@ -166,7 +206,7 @@ class RINA(Method):
             noise = noise.scatter(2, index[..., None].expand(*index.shape, m), less)
         return y * unit[..., None], noise * unit[..., None].square()
 
-    def _correction(self, queries: Tensor, kv: RINAKV, layer: LayerCalibration, *, scale: float) -> Tensor:
+    def correction_of(self, queries: Tensor, kv: RINAKV, layer: LayerCalibration, *, scale: float) -> Tensor:
         """kappa/2 times the variance of each logit, [B, H, G, S, T]."""
         B, HQ, S, D = queries.shape
         H = layer.shape.num_kv_heads
@@ -213,7 +253,11 @@ class RINA(Method):
         return 0.0 if self.mean == "none" else centring.at(layer["key_mean"], self.mean, layer.rope, positions)
 
     def layer_schema(self, shape: LayerShape) -> dict[str, TensorSpec]:
+        if self.variant == "published":
+            return rina_tiles.layer_schema(shape)
         H, D = shape.num_kv_heads, shape.head_dim
+        if self.target_bits is not None:
+            return self.at(D).layer_schema(shape)
         m = self._spaces(D)
         schema = {
             "key_rotation": rotation.spec("hadamard", H, D),
@@ -234,8 +278,12 @@ class RINA(Method):
     def fit_layer(
         self, shape: LayerShape, rope: Rope | None, samples: "Iterable[LayerSample]", *, layer: int
     ) -> dict[str, Tensor]:
-        samples = list(samples)
+        if self.variant == "published":
+            return rina_tiles.draw(shape, self.seed)
         H, D = shape.num_kv_heads, shape.head_dim
+        if self.target_bits is not None:
+            return self.at(D).fit_layer(shape, rope, samples, layer=layer)
+        samples = list(samples)
         generator = torch.Generator().manual_seed(self.seed * 10_007 + layer)
         tensors = {f"{side}_rotation": rotation.draw("hadamard", H, D, generator) for side in ("key", "value")}
         if self.mean != "none":
@@ -258,76 +306,19 @@ class RINA(Method):
             shaped = code.fit_stages(y, D // self._spaces(D), stages)
             tensors[f"{side}_mids"], tensors[f"{side}_halves"] = shaped
             if side == "key":
-                tensors["key_noise"] = _noise(y, shaped)
+                tensors["key_noise"] = code.noise(y, shaped)
         tensors["beta"], tensors["kappa"] = torch.zeros(H), torch.zeros(shape.num_heads)
         if self.feedback:
-            tensors["beta"] = self._fit_beta(fitted, samples)
+            tensors["beta"] = fit_beta(self, fitted, samples)
         if self.correction:
-            tensors["kappa"] = self._fit_kappa(fitted, samples)
+            tensors["kappa"] = fit_kappa(self, fitted, samples)
         return tensors
-
-    def _fit_beta(self, layer: LayerCalibration, samples: "Sequence[LayerSample]") -> Tensor:
-        """Per head, the feedback of least error of the exact attention's output, [H]."""
-        H = layer.shape.num_kv_heads
-        total = torch.zeros(len(_BETAS), H)
-        for sample in samples:
-            weights, keys, values, positions = _attention(sample)
-            for i, beta in enumerate(_BETAS):
-                trial = replace_tensors(layer, beta=torch.full((H,), beta))
-                kv, _ = self.compress(keys, values, trial, positions=positions)
-                restored = self.decompress(kv, trial, positions=positions).values
-                error = weights @ (restored - values.float())[:, :, None]  # [1, H, G, S, D]
-                total[i] += error.square().sum((0, 2, 3, 4))
-        return torch.tensor(_BETAS)[total.argmin(0)]
-
-    def _fit_kappa(self, layer: LayerCalibration, samples: "Sequence[LayerSample]") -> Tensor:
-        """Per query head, the correction of least KL divergence from exact attention, [HQ]."""
-        shape = layer.shape
-        total = torch.zeros(len(_KAPPAS), shape.num_heads)
-        one = replace_tensors(layer, kappa=torch.ones(shape.num_heads))
-        for sample in samples:
-            weights, keys, values, positions = _attention(sample)
-            assert sample.queries is not None
-            queries = sample.queries[None, :, -_QUERIES:]
-            kv, _ = self.compress(keys, values, layer, positions=positions)
-            plain = attention.logits(queries, self.decompress(kv, layer, positions=positions).keys, scale=shape.scale)
-            step = self._correction(queries, kv, one, scale=shape.scale)
-            log_exact = weights.clamp_min(1e-30).log()
-            for i, kappa in enumerate(_KAPPAS):
-                found = (plain + kappa * step).log_softmax(-1)
-                total[i] += (weights * (log_exact - found)).sum((-1, -2))[0].flatten()
-        return torch.tensor(_KAPPAS)[total.argmin(0)]
-
-
-def replace_tensors(layer: LayerCalibration, **tensors: Tensor) -> LayerCalibration:
-    """``layer`` with some of its tensors exchanged."""
-    return replace(layer, tensors={**layer.tensors, **tensors})
-
-
-def _attention(sample: "LayerSample") -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Exact weights [1, H, G, S, T] of the last queries over whole pages beyond the sinks; keys, values, positions."""
-    assert sample.queries is not None
-    T = (sample.keys.shape[1] - centring.SINKS) // packing.PAGE * packing.PAGE
-    chosen = slice(centring.SINKS, centring.SINKS + T)
-    keys, values = sample.keys[None, :, chosen], sample.values[None, :, chosen]
-    scores = attention.logits(sample.queries[None, :, -_QUERIES:], keys, scale=sample.shape.scale)
-    return scores.softmax(-1), keys, values, sample.positions[chosen]
 
 
 def _norms(y: Tensor) -> tuple[Tensor, Tensor]:
     """Codes uint8 of the norms of ``y`` [..., D], and the decoded norms over sqrt(D)."""
     codes = code.encode_norm(y.norm(dim=-1))
     return codes, code.decode_norm(codes) / math.sqrt(y.shape[-1])
-
-
-def _noise(y: Tensor, stages: code.Stages) -> Tensor:
-    """Mean squared error per coordinate left after each stage, [H, m, J], for ``y`` [H, T, D] in units of the norm."""
-    left = []
-    for j in range(stages.mids.shape[-1]):
-        upto = code.Stages(stages.mids[..., : j + 1], stages.halves[..., : j + 1])
-        error = (y - code.encode(y, upto).decoded).unflatten(-1, (stages.mids.shape[1], -1))
-        left.append(error.square().mean((1, 3)))
-    return torch.stack(left, -1)
 
 
 def _stages(layer: LayerCalibration, side: str, count: int, first: int = 0) -> code.Stages:
@@ -357,6 +348,3 @@ def _unpack_halves(packed: Tensor, spaces: int, stages: int) -> Tensor:
 
 
 _TINY = 1e-30
-_QUERIES = 64  # of each sample: the last, which see the most keys
-_BETAS = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]
-_KAPPAS = [-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0]

@@ -86,6 +86,16 @@ def fit_stages(x: Tensor, subspace: int, count: int) -> Stages:
     return Stages(torch.stack(mids, -1), torch.stack(halves, -1))
 
 
+def noise(y: Tensor, stages: Stages) -> Tensor:
+    """Mean squared error per coordinate left after each stage, [H, m, J], for ``y`` [H, T, D] in units of the norm."""
+    left = []
+    for j in range(stages.mids.shape[-1]):
+        upto = Stages(stages.mids[..., : j + 1], stages.halves[..., : j + 1])
+        error = (y - encode(y, upto).decoded).unflatten(-1, (stages.mids.shape[1], -1))
+        left.append(error.square().mean((1, 3)))
+    return torch.stack(left, -1)
+
+
 def feedback(x: Tensor, beta: Tensor, norms: Tensor, stages: Stages) -> tuple[Tensor, Coded]:
     """Code ``x`` [..., H, 64, D] token by token, adding ``beta`` [H] times the error of the token before.
 
