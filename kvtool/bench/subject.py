@@ -75,7 +75,7 @@ class Subject:
         positions = torch.arange(sample, device=device)
         keys, values = self.random(sample, 1, device, seed)
         kv, _ = self.method.compress(keys, values, self.layer, positions=positions)
-        if self.method.block is None or tokens % packing.PAGE:
+        if self.method.block is None or self.method.moves or tokens % packing.PAGE:
             raise InputError(f"{self.method.name} at {tokens} tokens: bench needs a method of pages, and whole pages")
         return type(kv)(*(_repeat(field, tokens, sample, batch) for field in kv))
 
