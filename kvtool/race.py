@@ -105,7 +105,8 @@ def race(
             report(done + 1)
     if not errors:
         verdict = (
-            f"not raced: held-out samples leave fewer than {_LEAST} tokens to compress; capture a longer --context"
+            f"not raced: held-out samples leave below {_LEAST} tokens to compress or {QUERY_BLOCK} queries to ask; "
+            "capture a longer --context with all queries"
         )
         return Raced(tensors, verdict, {"raced": False, "tuned": tuned})
     layers = len(capture.layers)

@@ -54,7 +54,7 @@ def budget_fraction(
         assert at_context is not None
         policy, tokens = CachePolicy(), parse_tokens(at_context)
         exact = min(tokens, policy.sinks + policy.window)
-        share = (max_gib * 2**30 - exact * full) / (max(1, tokens - exact) * full)
+        share = max(0.0, max_gib * 2**30 - exact * full) / (max(1, tokens - exact) * full)
         what = f"max_gib {max_gib:g} at_context {format_tokens(tokens)}"
     else:
         share, what = parse_share(budget or "12.5%"), f"budget {budget}"

@@ -19,7 +19,7 @@ from kvtool import centring, rotation
 from kvtool.allocation import lower_hull
 from kvtool.errors import CaptureError, MethodOptionError
 from kvtool.methods.base import Progress
-from kvtool.packing import GROUP, groups
+from kvtool.packing import GROUP, PAGE, groups
 from kvtool.rdkv.layers import SINKS, Demand, demand, spread_over_layers
 from kvtool.rdkv.pages import EXACT, LEVELS, gain, gain_code, level_bytes, table_codes, table_values
 from kvtool.shapes import LayerShape
@@ -274,6 +274,7 @@ def fit(method: "RDKV", capture: "Capture", progress: Progress | None = None) ->
             layers[i]["family"] = torch.tensor(method.families.index(method.weights), dtype=torch.uint8)
         if method.eviction is not None:
             layers[i]["eviction"] = torch.tensor(method.eviction)
+        _check_length(method, samples)
         _check_keeps_something(method, share, samples, layers[i])
         if method.scope == "model":
             demands[i] = demand(method, samples, layers[i], capture.shape.rope(i))
@@ -307,6 +308,15 @@ def fit_layer(samples: "Sequence[LayerSample]", shape: LayerShape, *, seed: int)
         # bits per value and share of tokens kept, of a held-out prompt: the race fills it in
         "allocated": torch.zeros(shape.num_kv_heads, 2),
     }
+
+
+def _check_length(method: "RDKV", samples: "Sequence[LayerSample]") -> None:
+    tokens = min(sample.keys.shape[1] for sample in samples)
+    if tokens < SINKS + method.window + PAGE:
+        raise CaptureError(
+            f"rdkv layer {samples[0].layer}: a window of {method.window} queries leaves no page of {PAGE} tokens to "
+            f"weigh in samples of {tokens}; use a smaller -o window or capture a longer --context"
+        )
 
 
 def _check_keeps_something(

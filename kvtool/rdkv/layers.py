@@ -46,7 +46,9 @@ def demand(method: "RDKV", samples: "Sequence[LayerSample]", tensors: dict[str, 
     weights = method.token_weights(*inside, layer, sample.positions[inner], queries, carry)
     cost, distortion = method.pages(*weights, layer)
     rest = scores.around(queries[:, :, -window:], outer_keys, outer_values, sample.shape, sinks=SINKS)
-    seen = scores.observe(queries[:, :, -window:], *inside, rest, scale=sample.shape.scale)
+    seen = scores.observe(
+        queries[:, :, -window:], *inside, rest, scale=sample.shape.scale, softcap=sample.shape.softcap
+    )
     energy = (seen.out.pow(2).sum(-1).mean((0, 3)).flatten() * tensors["importance"]).sum()
     full = 4.0 * inside[0].numel() / len(inside[0])
     return Demand(cost.flatten(0, 1), (distortion[0] / energy).flatten(0, 1), full)

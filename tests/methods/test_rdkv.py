@@ -323,6 +323,14 @@ def test_a_capture_without_queries_or_too_short_is_refused():
         fit_layer([sample(layer_shape(), T=72)], one.shape, seed=0)
 
 
+@pytest.mark.parametrize("scope", ["layer", "model"])
+def test_a_window_as_long_as_the_text_is_refused(scope):
+    with pytest.raises(
+        CaptureError, match="a window of 300 queries leaves no page of 64 tokens to weigh in samples of"
+    ):
+        fit(RDKV(scope=scope, window=300), OneLayer([sample(layer_shape(), T=300)]))
+
+
 def test_accumulated_scores_are_those_of_causal_attention():
     """Every query of the prompt votes, on the tokens before it alone; sinks and window take their share."""
     shape = layer_shape(D=16, H=1, G=1)
