@@ -20,8 +20,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kvtool.kernels.fragments import fragments, key_operand, load_table, load_unit, value_operand
 
-LOG2E = tl.constexpr(1.4426950408889634)
-
 
 @triton.jit(do_not_specialize=["splits"])
 def decode(
@@ -36,7 +34,8 @@ def decode(
     VALUE_TABLE,
     PAGES,  # int32 [B], pages in use
     PAGE_TABLE,  # int32 [B, capacity] or unused
-    BIAS,  # float32 [programs, ROWS, T], added to the logits before the cap, or unused
+    BIAS,  # int16 or float32 [programs, ROWS, T], added to the logits before the cap, or unused
+    BIAS_UNIT,  # float32 [programs, ROWS], what one of it is worth, times log2 e
     OUT,  # float32 [programs, splits, ROWS, 32*VALUE_GROUPS]
     LSE,  # float32 [programs, splits, ROWS], log2
     splits,
@@ -94,6 +93,8 @@ def decode(
         gdc_launch_dependents()
         gdc_wait()
     scale = tl.load(QUERY_SCALE + program * ROWS + rows)[None, :, None]
+    if BIASED:
+        bias_unit = tl.load(BIAS_UNIT + program * ROWS + rows)[None, :, None]
     starts = ()
     for i in tl.static_range(KEY_GROUPS if GAINS else 1):
         start = tl.load(QUERY_START + (program * (KEY_GROUPS if GAINS else 1) + i) * ROWS + rows)
@@ -158,8 +159,10 @@ def decode(
         x = x * scale
         if BIASED:
             token = (page * 64 + tl.arange(0, 64)[None, :])[:, None, :]
-            biases = BIAS + (program.to(tl.int64) * ROWS + rows)[None, :, None] * bias_row + token
-            x += LOG2E * tl.load(biases, mask=used[:, :, None] & (rows >= 0)[None, :, None] & (token >= 0), other=0.0)
+            # 64 bits for the program, 32 for what differs inside it
+            biases = BIAS + program.to(tl.int64) * ROWS * bias_row + (rows[None, :, None] * bias_row + token)
+            biases = tl.load(biases, mask=used[:, :, None] & (rows >= 0)[None, :, None] & (token >= 0), other=0.0)
+            x += biases.to(tl.float32) * bias_unit
         if CAPPED:
             # tanh z = 1 - 2 / (e^2z + 1), in units of log2
             x = softcap * (1 - 2 / (tl.exp2(x * (2.8853900817779268 / softcap)) + 1))

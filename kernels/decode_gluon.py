@@ -28,7 +28,6 @@ TOKENS = gl.constexpr(
 # names that later releases of Triton changed
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
-LOG2E = gl.constexpr(1.4426950408889634)
 TURN = gl.constexpr(
     # two weights + 128 -> bytes (high, high', low, low'); turn around; bytes in the order of tokens
     "{ .reg .b32 t; prmt.b32 t, $1, $2, 0x4051; xor.b32 t, t, 0x80800000;"
@@ -50,6 +49,7 @@ def decode(
     PAGES,
     PAGE_TABLE,
     BIAS,
+    BIAS_UNIT,
     OUT,
     LSE,
     splits,
@@ -134,6 +134,8 @@ def decode(
     PER_WARP: gl.constexpr = gl.SliceLayout(1, PER_TOKEN)
     rows = gl.arange(0, ROWS, gl.SliceLayout(0, PER_ROW))
     scale = gl.load(QUERY_SCALE + program * ROWS + rows)[None, :][:, None, :]
+    if BIASED:
+        bias_unit = gl.load(BIAS_UNIT + program * ROWS + rows)[None, :][:, None, :]
     offset = gl.load(QUERY_START + program * ROWS + rows).to(gl.float32)[None, :][:, None, :]
     m = gl.full([4, ROWS], -1e30, gl.float32, PER_ROW)
     u = gl.full([4], 2.0**-24, gl.float32, PER_WARP)
@@ -174,10 +176,10 @@ def decode(
         if BIASED:
             token = step * 64 + gl.arange(0, 4, PER_WARP)[:, None] * 64
             token += gl.arange(0, 64, gl.SliceLayout(0, PER_TOKEN))[None, :]
-            biases = BIAS + (program.to(gl.int64) * ROWS + rows)[None, :][:, None, :] * bias_row + token[:, :, None]
-            x += LOG2E * gl.load(
-                biases, mask=(token[:, :, None] < last * 64) & (rows >= 0)[None, :][:, None, :], other=0.0
-            )
+            biases = BIAS + program.to(gl.int64) * ROWS * bias_row
+            biases += rows[None, :][:, None, :] * bias_row + token[:, :, None]
+            inside = (token[:, :, None] < last * 64) & (rows >= 0)[None, :][:, None, :]
+            x += gl.load(biases, mask=inside, other=0.0).to(gl.float32) * bias_unit
         if CAPPED:
             # tanh z = 1 - 2 / (e^2z + 1), in units of log2
             x = softcap * (1 - 2 / (gl.exp2(x * (2.8853900817779268 / softcap)) + 1))

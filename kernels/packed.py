@@ -119,6 +119,7 @@ def attend_packed(
     pages: Tensor | None = None,
     page_table: Tensor | None = None,
     bias: Tensor | None = None,
+    bias_unit: Tensor | None = None,
     kinds: Tensor | None = None,
     kind: int = 0,
     launch: Launch | None = None,
@@ -127,7 +128,8 @@ def attend_packed(
 
     pages: int32 [B] on the device, pages in use; default: all.
     page_table: int32 [B, N] on the device, where page n of sequence b is.
-    bias: [B, HQ, S, 64*N], added to the scaled logits before they are capped.
+    bias: [B, HQ, S, 64*N], float32 or int16, added to the scaled logits before they are capped.
+    bias_unit: float32 [B, HQ, S], what one of the bias is worth; default: 1.
     kinds: uint8 [B, H, N]; only pages marked ``kind`` are read.
 
     Raises:
@@ -188,7 +190,11 @@ def attend_packed(
     words = kv.key_pages.view(torch.int32), kv.value_pages.view(torch.int32)
     scales = [x.view(torch.int32) if gains else x for x in (kv.key_scales, kv.value_scales)]
     strides = [(0 if page_table is not None else x.stride(0), *x.stride()[1:3]) for x in (*words, *scales)]
-    rows_of_bias = None if bias is None else _bias_rows(bias, B, H, used_rows, blocks * ROWS)
+    rows_of_bias = query_scale if bias is None else _bias_rows(bias, B, H, used_rows, blocks * ROWS)
+    units = query_scale
+    if bias is not None:
+        one = torch.ones(B, HQ, S, 1, device=device) if bias_unit is None else bias_unit[..., None]
+        units = LOG2E * _bias_rows(one, B, H, used_rows, blocks * ROWS)
     options: dict[str, Any] = {
         "KEY_GROUPS": groups,
         "VALUE_GROUPS": value_groups,
@@ -213,7 +219,7 @@ def attend_packed(
         marks = pages if kinds is None else kinds
         extra |= {"KINDS": marks, "kind_b": marks.stride(0), "kind_h": marks.stride(1) if kinds is not None else 0}
         extra |= {"KINDED": kinds is not None, "kind": kind}
-        if nvidia(device) and ROWS == 8 and value_groups <= 4 and not gains:
+        if nvidia(device) and ROWS == 8 and value_groups <= 4 and not gains and bias is None:
             # what three programs a multiprocessor can have; left alone, the compiler may take more
             extra["maxnreg"] = 168
     kernel[(programs, splits)](
@@ -226,13 +232,14 @@ def attend_packed(
         codec.value_table,
         pages,
         pages if page_table is None else page_table,
-        query_scale if rows_of_bias is None else rows_of_bias,
+        rows_of_bias,
+        units,
         out,
         lse,
         splits,
         *(stride for tensor in strides for stride in tensor),
         capacity,
-        0 if rows_of_bias is None else rows_of_bias.shape[-1],
+        rows_of_bias.shape[-1],
         (softcap or 0.0) * LOG2E,
         **options,
         **extra,
@@ -300,5 +307,5 @@ def _starts(widths: Sequence[int]) -> tuple[int, ...]:
 
 
 def _bias_rows(bias: Tensor, B: int, H: int, used: int, rows: int) -> Tensor:
-    grouped = bias.expand(B, *bias.shape[1:]).reshape(B, H, used, -1).float()
+    grouped = bias.expand(B, *bias.shape[1:]).reshape(B, H, used, -1)
     return grouped.contiguous() if used == rows else F.pad(grouped, (0, 0, 0, rows - used))

@@ -37,7 +37,7 @@ def attend(
     gluon: bool = False,
 ) -> Attended:
     """As ``Transform.attend``."""
-    bias = mean_bias(queries, layer["key_mean"], layer.rope, positions, scale)
+    bias, unit = mean_bias(queries, layer["key_mean"], layer.rope, positions, scale)
     pages = Packed(*_side(kv.key_pages, kv.key_gains), *_side(kv.value_pages, kv.value_gains))
     launch = default_launch(queries.device, gluon)
     ordinary = not bool(kv.outside.any())
@@ -49,6 +49,7 @@ def attend(
             scale=scale,
             softcap=softcap,
             bias=bias,
+            bias_unit=unit,
             kinds=None if ordinary else kv.outside,
             kind=kind,
             launch=launch,

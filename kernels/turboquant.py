@@ -36,12 +36,14 @@ def attend(
 ) -> Attended:
     """As ``TurboQuant.attend``; ``gluon`` chooses one of the two kernels."""
     codec = codec_of(method, layer)
-    bias = None
+    bias = unit = None
     if method.mean != "none":
-        bias = mean_bias(queries, layer["key_mean"], layer.rope if method.mean == "rotated" else None, positions, scale)
+        bias, unit = mean_bias(
+            queries, layer["key_mean"], layer.rope if method.mean == "rotated" else None, positions, scale
+        )
     pages = Packed(kv.key_pages, kv.key_scales, kv.value_pages, kv.value_scales)
     launch = default_launch(queries.device, gluon)
-    return attend_packed(queries, pages, codec, scale=scale, softcap=softcap, bias=bias, launch=launch)
+    return attend_packed(queries, pages, codec, scale=scale, softcap=softcap, bias=bias, bias_unit=unit, launch=launch)
 
 
 def codec_of(method: TurboQuant, layer: LayerCalibration) -> Codec:

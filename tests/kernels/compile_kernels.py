@@ -30,6 +30,7 @@ POINTERS = {
     **dict.fromkeys(("KEY_SCALES", "VALUE_SCALES", "SCALES"), "*fp16"),
     **dict.fromkeys(("KEY_STEPS", "KEY_MINIMA", "VALUE_STEPS", "VALUE_MINIMA"), "*fp16"),
     **dict.fromkeys(("TABLES",), "*i32"),
+    **dict.fromkeys(("BIAS",), "*i16"),
     **dict.fromkeys(
         ("QUERY_START", "KEY_PAGES", "VALUE_PAGES", "KEY_TABLE", "VALUE_TABLE", "PAGES", "PAGE_TABLE", "WORDS"), "*i32"
     ),
@@ -60,7 +61,7 @@ def jobs(target: str):
             **dims, "KEY_GROUPS": len(keys), "VALUE_GROUPS": 4, "KEY_WIDTHS": keys, "VALUE_WIDTHS": values,
             "KEY_OFFSETS": starts(keys), "VALUE_OFFSETS": starts(values),
             "LEVEL_OFFSETS": tuple(OFFSET[width] for width in values),
-            "PAGED": name != "gains", "BIASED": False, "CAPPED": False, "STAGES": 3, "PDL": hopper,
+            "PAGED": name != "gains", "BIASED": name == "gains", "CAPPED": False, "STAGES": 3, "PDL": hopper,
         }  # fmt: skip
         if target != "sm_90" and name not in ("4", "gains"):
             continue  # the code does not depend on the target, the compiler's time does

@@ -21,8 +21,8 @@ def test_kernels_compile(target, tmp_path):
     found = {record["kernel"]: record for record in map(json.loads, done.stdout.splitlines())}
     assert {"prepare", "merge", "mean", "encode", "decode 4", "decode gains", "affine"} <= set(found)
     for record in found.values():
-        # gains of seven groups, and ranges, do not all fit into registers: a few words may be put aside
-        assert record["stack"] <= (16 if record["kernel"] in ("decode gains", "affine") else 0), record
+        # ranges, and gains of seven groups together with a bias, do not all fit into registers
+        assert record["stack"] <= {"affine": 16, "decode gains": 256}.get(record["kernel"], 0), record
         assert record["shared"] <= SHARED[target], record
     if target == "sm_90":
         # registers decide how many programs are resident, which the choice of splits relies on

@@ -151,3 +151,13 @@ def test_the_launcher_refuses_in_one_sentence(change, says):
     with pytest.raises(BackendError, match=says) as refusal:
         attend_packed(queries, kv, codec, scale=1.0)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_bias_in_units_is_the_same_bias():
+    kv, codec = random_cache(1, 1, 2, 64, [2, 2], [2, 2])
+    queries = random_queries(1, 3, 2, 64)
+    codes = torch.randint(-32767, 32768, (1, 3, 2, 128), generator=torch.Generator().manual_seed(4)).to(DEVICE)
+    units = torch.tensor([1e-4, 1e-5, 3e-4]).to(DEVICE)[None, :, None].expand(1, 3, 2)
+    exact = reference(queries, kv, codec, scale=0.125, bias=codes * units[..., None])
+    found = attend_packed(queries, kv, codec, scale=0.125, bias=codes.to(torch.int16), bias_unit=units)
+    check(found, exact, LIMIT)

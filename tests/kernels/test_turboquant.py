@@ -61,10 +61,13 @@ def test_mean_logits_far_from_the_origin():
     generator = torch.Generator().manual_seed(1)
     queries, mean = torch.randn(1, 6, 1, 80, generator=generator), torch.randn(2, 80, generator=generator)
     positions = torch.arange(1_000_000, 1_000_000 + 128)
-    found = mean_logits(queries.to(DEVICE), mean.to(DEVICE), ROPE, positions.to(DEVICE), 0.5)
+    codes, unit = mean_logits(queries.to(DEVICE), mean.to(DEVICE), ROPE, positions.to(DEVICE), 0.5)
+    found = codes.cpu().double() * unit.cpu().double()[..., None]
     turned = ROPE.rotate(mean[:, None].expand(-1, 128, -1), positions)  # [H, T, D]
     exact = 0.5 * queries.double() @ turned.double().repeat_interleave(3, 0).mT
-    assert (found.cpu().double() - exact).abs().max() < 1e-4  # float32 sums of 80 terms
+    # half a unit of 16 bits, and float32 sums of 80 terms
+    assert ((found - exact).abs().amax(-1) < 0.5 * unit.cpu() + 1e-4).all()
+    assert unit.max() * 32767 < 40  # the unit is of the size of the logits
 
 
 @pytest.mark.parametrize("options", [{"k_bits": 2.5}, {"qjl": "gaussian", "k_bits": 3}])
