@@ -178,3 +178,18 @@ def test_a_mistyped_path_is_not_asked_for_at_the_hub(path):
 def test_an_empty_directory_says_what_was_expected(tmp_path):
     with pytest.raises(InputError, match="expected a model, a capture, an artifact"):
         find(str(tmp_path))
+
+
+def test_a_race_is_drawn_as_a_table(artifact, tmp_path, capsys):
+    rows = {
+        name: {"bits": 2.0, "error": 0.25, "ratio": 1.5, "low": 1.25, "high": 1.75} for name in ("rdkv", "k2v1", "fp8")
+    }
+    read = Calibration.load(artifact)
+    held_out = {"held_out": {"raced": True, "contestants": rows, "winner": "k2v1", "tuned": {"0": "paper x4"}}}
+    raced = Calibration(read.method, read.shape, {}, read.policy, held_out).save(tmp_path / "raced.safetensors")
+    assert cli.main(["inspect", str(raced)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (winner,) = [line for line in lines if "* k2v1" in line]
+    assert [word in winner for word in ("2.00", "0.25", "1.5", "1.25 to 1.75")] == [True] * 4
+    # the record is not printed as a dictionary as well
+    assert not [line for line in lines if "{" in line]

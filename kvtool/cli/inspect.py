@@ -43,6 +43,7 @@ def inspect(
         lambda: Group(
             _facts(found[0]) if len(found) == 1 else _overview(found),
             *_pictures(measured),
+            *_race(found),
             *_bit_maps([one for one in found if one.path not in damaged]),
         ),
         as_json=as_json,
@@ -108,8 +109,15 @@ def _readable(name: str, value: Any) -> str:
     if name == "context":
         return f"{format_tokens(value)} tokens"
     if isinstance(value, dict):
-        return "\n".join(f"{key}: {inner}" for key, inner in value.items())
+        return "\n".join(f"{key}: {_plain(inner)}" for key, inner in value.items())
     return str(value)
+
+
+def _plain(value: Any) -> str:
+    """What holds tables is named without them: they are drawn apart."""
+    if not isinstance(value, dict):
+        return str(value)
+    return ", ".join(f"{key} {inner}" for key, inner in value.items() if not isinstance(inner, dict))
 
 
 def _model_layers(layers: list[dict[str, Any]]) -> Table:
@@ -190,6 +198,19 @@ def _pictures(measured: "list[LayerStatistics]") -> list[RenderableType]:
         "over tokens, before and after RoPE; outliers: key channels past 3 times the median; heads run left to right"
     )
     return [table, legend, Columns(maps, padding=(1, 3))]
+
+
+def _race(found: "list[Record]") -> list[RenderableType]:
+    """Who ran against the allocation of one artifact on held-out tokens, and how it ended."""
+    record = (found[0].as_dict().get("provenance") or {}).get("held_out") if len(found) == 1 else None
+    if not record or not record.get("raced"):
+        return []
+    table = Table("contestant", "bits", "attention error", "times rdkv", "95 %")
+    for name, row in record["contestants"].items():
+        mark = "* " if name == record["winner"] else "  "
+        spread = f"{row['low']:.3g} to {row['high']:.3g}"
+        table.add_row(mark + name, f"{row['bits']:.2f}", f"{row['error']:.3g}", f"{row['ratio']:.3g}", spread)
+    return [table]
 
 
 def _bit_maps(found: "list[Record]") -> list[RenderableType]:
