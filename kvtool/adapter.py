@@ -61,7 +61,7 @@ class Adapter:
         Raises:
             OSError: the disk refuses.
         """
-        content = save(dict(sorted(self.tensors.items())), {"format": "pt", "kvtool": "adapter"})
+        content = save(dict(sorted(self.tensors.items())), {"format": "pt", "kvtool-adapter": "1"})
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:

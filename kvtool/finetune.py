@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 _RATE, _TAU_RATE = 2e-3, 1e-2  # Adam's step for the factors, and for the logarithm of a temperature
 _WARM_UP = 0.1  # of the steps
 _JUDGED = 8  # held-out segments at most
+_ASKED = 256  # tokens that read the prefix, at most: their logits are the largest tensors of a step
 
 
 @dataclass(frozen=True)
@@ -202,8 +203,8 @@ class _Text:
 
 
 def _split(length: int, sinks: int, window: int) -> Split:
-    """Three quarters are prefix. The window is scaled down with it, or little of a short text would be compressed."""
-    prefix = length - length // 4
+    """Three quarters are prefix, or more; the window is scaled down, or little of a short text would be compressed."""
+    prefix = length - min(length // 4, _ASKED)
     pages = (prefix - sinks - min(window, prefix // 8)) // PAGE
     if pages < 1:
         raise InputError(
