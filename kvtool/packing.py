@@ -93,9 +93,12 @@ _Entry = tuple[int, int, int, int]  # take, right, mask, left
 
 
 class _Piece(NamedTuple):
-    """Part of how a unit is packed or unpacked: ``out[put] |= (source[take] >> right & mask) << left``, all [n]."""
+    """Part of how a unit is packed or unpacked: ``out[put] |= (source[take] >> right & mask) << left``, all [n].
 
-    put: Tensor | slice
+    put: int64, or None for every place.
+    """
+
+    put: Tensor | None
     take: Tensor  # int64
     right: Tensor  # uint8
     mask: Tensor  # uint8
@@ -140,7 +143,9 @@ def _join(source: Tensor, pieces: Sequence[_Piece], n: int) -> Tensor:
     out = source.new_zeros((*source.shape[:-1], n))
     for put, take, right, mask, left in pieces:
         part = source.index_select(-1, take)
-        out[..., put] |= part.bitwise_right_shift_(right).bitwise_and_(mask).bitwise_left_shift_(left)
+        part.bitwise_right_shift_(right).bitwise_and_(mask).bitwise_left_shift_(left)
+        # pieces have no bit in common, so their sum is their union
+        out = out.bitwise_or_(part) if put is None else out.index_add_(-1, put, part)
     return out
 
 
@@ -166,7 +171,7 @@ def _pieces(entries: list[list[_Entry]], device: torch.device) -> list[_Piece]:
     for j in range(max(map(len, entries), default=0)):
         places = [place for place, mine in enumerate(entries) if len(mine) > j]
         take, right, mask, left = torch.tensor([entries[place][j] for place in places], device=device).unbind(-1)
-        put = slice(None) if len(places) == len(entries) else torch.tensor(places, device=device)
+        put = None if len(places) == len(entries) else torch.tensor(places, device=device)
         pieces.append(_Piece(put, take, right.byte(), mask.byte(), left.byte()))
     return pieces
 

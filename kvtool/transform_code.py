@@ -89,7 +89,7 @@ def encode_coefficients(z: Tensor, code: Code) -> Coded:
         codes.append(chosen)
         gains.append(gain_code.to(torch.uint8))
         if s + 1 < len(code.widths):
-            z = z.scatter_add(-1, picked, -((gain * step * levels[chosen.int()]) @ turn) * sigma)
+            z = z.scatter_add(-1, picked, -((gain * step * codebooks.look_up(levels, chosen)) @ turn) * sigma)
     if not codes:
         empty = z.new_empty((*z.shape[:-1], 0), dtype=torch.uint8)
         return Coded(empty, empty.movedim(-1, -2), clipped)
@@ -103,7 +103,7 @@ def features(coded: Coded, code: Code) -> Tensor:
         levels, _ = table(width, coded.codes.device)
         gain = gain_of(coded.gains[..., s, :], code.gain_base[:, s, None])
         chosen = coded.codes[..., GROUP * s : GROUP * (s + 1)]
-        parts.append(levels[chosen.int()] * gain[..., None])
+        parts.append(codebooks.look_up(levels, chosen) * gain[..., None])
     return torch.cat(parts, -1) if parts else coded.codes.float()
 
 

@@ -147,7 +147,7 @@ class TurboQuant(Method):
             norm = y.norm(dim=-1, keepdim=True)
             unit = y / norm.clamp_min(_TINY)
             code = codebooks.nearest(unit * math.sqrt(part.dim), levels, step)
-            decoded = levels[code.int()]
+            decoded = codebooks.look_up(levels, code)
             if self.scale == "mse":
                 scale = norm * step / math.sqrt(part.dim)
             elif self.scale == "norm":
@@ -164,7 +164,8 @@ class TurboQuant(Method):
         dims = [part.dim for part in parts]
         pieces = []
         for part, code, scale in zip(parts, codes.split(dims, -1), scales.split(packing.PAGE, -1), strict=True):
-            y = packing.unpack_tokens(scale).float()[..., None] * layer[f"{part.name}_levels"].float()[code.int()]
+            y = codebooks.look_up(layer[f"{part.name}_levels"], code)
+            y *= packing.unpack_tokens(scale).float()[..., None]
             pieces.append(rotation.unrotate(y, layer[f"{part.name}_rotation"]))
         return join(pieces, layer.tensors.get(f"{side}_order"))
 

@@ -239,7 +239,7 @@ def table_values(codes: Tensor, widths: list[int]) -> Tensor:
             parts.append(torch.zeros_like(group, dtype=torch.float32))
             continue
         book = codebooks.sphere_codebook(codes.shape[-1], width)
-        parts.append((book.levels.to(codes.device).float() * book.step)[group.long()])
+        parts.append(codebooks.look_up(book.levels.to(codes.device), group) * book.step)
     return torch.cat(parts, -1)
 
 
