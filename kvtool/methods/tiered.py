@@ -144,11 +144,11 @@ class Tiered(Method):
     ) -> tuple[TieredKV, TieredState]:
         state = self._empty(keys, layer) if carry is None else carry
         kv, H, T = state.kv, keys.shape[1], keys.shape[2]
-        held_units, U = kv.tier.shape[1], kv.tier.shape[1] + H * (T // PAGE)
-        first = state.first if held_units else torch.full_like(state.first, int(positions[0]))
+        before, U = kv.tier.shape[1], kv.tier.shape[1] + H * (T // PAGE)
+        first = state.first if before else torch.full_like(state.first, int(positions[0]))
         step = state.step + state.looked
         score = self._scores(state, keys, layer, queries)
-        new = (0, U - held_units)
+        new = (0, U - before)
         old = torch.nn.functional.pad(kv.tier, new, value=places.FRESH)
         moved = torch.nn.functional.pad(kv.moved, new, value=_NEVER)
         tier = places.place(
@@ -164,7 +164,7 @@ class Tiered(Method):
         stored = pools.rebuild(kv, tier, source, self.codecs(layer), int(first[0]), H)
         moved = torch.where((tier != old) & (old != places.FRESH), step[:, None].int(), moved)
         made = TieredKV(tier, score, moved, kv.like, *stored)
-        room = int(layer["host_bytes"]) // (4 * PAGE * keys.shape[-1])
+        room = int(layer["host_bytes"]) // (4 * PAGE * keys.shape[-1] + pools.HOST_BOOKS)
         touched = score >= score.mean(1, keepdim=True)
         host = pools.store(state.host, source, tier, touched, int(step.max()), room)
         nothing = score.new_empty(len(keys), layer.shape.num_heads, 0)

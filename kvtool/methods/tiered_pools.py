@@ -17,6 +17,8 @@ from kvtool.methods.finite import require_finite
 from kvtool.methods.tiered_places import FRESH
 from kvtool.packing import PAGE
 
+HOST_BOOKS = 8 + 8  # bytes of an original's number and last use
+
 
 class TieredKV(NamedTuple):
     """U units; unit n * H + h is block n of head h.
