@@ -9,6 +9,8 @@ lambda (Shoham and Gersho 1988), then fill what is left of the budget with the n
 import torch
 from torch import Tensor
 
+_SAMPLE = 1024  # slopes a median is taken of
+
 
 def allocate(cost: Tensor, distortion: Tensor, budget: float) -> Tensor:
     """The option of each item, int64 [N], for ``cost`` and ``distortion`` [N, L]; never over ``budget``.
@@ -75,10 +77,10 @@ def _steps_within(hull: Hull, budget: float) -> Tensor:
     slope, cost, left, lowest = slope[real], cost[real], budget, torch.inf
     # each round settles which side of a middle slope the answer lies on and forgets the other side's steps
     while len(slope):
-        low, high = slope.aminmax()
-        middle = (low * high).sqrt().clamp(low, high)  # slopes span decades
-        if middle == high:
-            middle = low
+        # slopes span decades: the median of some of them halves what is left, the middle of the range does not
+        middle = slope[:: 1 + len(slope) // _SAMPLE].median()
+        if middle == slope.max():
+            middle = slope.min()
         above = slope > middle
         if not above.any():  # one slope is left: all of it or nothing
             lowest = 0.0 if float(cost.sum(dtype=torch.float64)) <= left else lowest

@@ -102,15 +102,26 @@ def test_gaussian_curves_give_the_rates_of_water_filling():
     assert torch.allclose(bits[options].double(), rates, atol=0.02)  # two grid steps
 
 
-def test_a_million_items_in_under_a_second():
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_a_million_items_in_under_a_second(one_thread):
     g = torch.Generator().manual_seed(0)
     weight = (2 * torch.randn(1_000_000, generator=g)).exp()
     eps = torch.tensor([1, 0.31, 0.046, 0.014, 5e-5])
     cost, distortion = torch.tensor([0.0, 2, 3, 4, 8]).expand(1_000_000, 5), weight[:, None] * eps
     seconds = []
-    for _ in range(5):  # the best of five: other work on the machine is not the allocator's
-        start = time.perf_counter()
+    for _ in range(5):
+        # of one thread's processor time the best: other work on the machine is not the allocator's
+        start = time.process_time()
         levels = allocate(cost, distortion, 2_000_000)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
+        if seconds[-1] < 1:
+            break
     assert spend(cost, levels) == 2_000_000
     assert min(seconds) < 1
