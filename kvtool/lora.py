@@ -1,5 +1,6 @@
 """Trainable low-rank factors on some projections of a model, through peft; gone again when the block ends."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -53,7 +54,9 @@ def lora(model: Any, targets: Sequence[str], *, rank: int, seed: int) -> Iterato
         raise InputError(f"-o finetune_steps: fine-tuning needs the package peft; {_INSTALL}") from None
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     # get_peft_model draws A from torch's own generator
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        # peft asks transformers for what transformers has renamed
+        warnings.simplefilter("ignore", FutureWarning)
         torch.manual_seed(seed)
         config = LoraConfig(r=rank, lora_alpha=_ALPHA * rank, lora_dropout=0.0, target_modules=list(targets))
         wrapped = get_peft_model(model, config)
