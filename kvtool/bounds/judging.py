@@ -32,7 +32,7 @@ class Rate:
     standard_error: float
     effective: float  # independent pairs worth as much
     limit: float  # upper, Clopper-Pearson
-    lower: float
+    lower: float  # at the level that all tests of a run share
 
 
 @dataclass(frozen=True)
@@ -88,14 +88,16 @@ def judge(
     comparisons: int,
     attention: dict[str, float],
 ) -> HeadResult:
-    """The result of one head over all texts. ``comparisons``: tests that share the level of bias and variance."""
+    """The result of one head over all texts. ``comparisons``: tests of a run, which share the level of refutation."""
     hits = torch.cat([torch.stack(tally.hits) for tally in tallies], 1)  # [R, T]
     special = torch.cat([pair.special for pair, _ in parts])
     queries = len(parts[0][0].queries)
     P = parts[0][1].keys.shape[1]
     predicted = torch.cat([_predicted(fixed, epsilon, P) for _, fixed in parts])
+    shared = 1 - (1 - confidence) / comparisons
     rates = [
-        _rate(hits[:, special == kind] / queries, predicted[special == kind], queries, confidence) for kind in range(3)
+        _rate(hits[:, special == kind] / queries, predicted[special == kind], queries, confidence, shared)
+        for kind in range(3)
     ]
     bulk = rates[0]
     assert bulk is not None
@@ -107,10 +109,12 @@ def judge(
     means = {name: float(values.mean()) for name, values in per_rotation.items()}
     errors = {name: float(values.std() / len(values) ** 0.5) for name, values in per_rotation.items()}
     rotations = len(hits)
-    level = float(stats.t.ppf(1 - (1 - confidence) / (2 * comparisons), rotations - 1))
+    level = float(stats.t.ppf((1 + shared) / 2, rotations - 1))
     failures = []
     if bulk.limit > delta:
-        failures.append(f"rate limit {bulk.limit:.4f} > {delta:.4f}")
+        # the limit of a true bound may lie above delta by chance; that is no certificate either
+        undecided = "" if bulk.lower > delta else f", at a rate of {bulk.rate:.4f}: more --rotations would decide"
+        failures.append(f"rate limit {bulk.limit:.4f} > {delta:.4f}{undecided}")
     for name, rate in (("sinks", rates[1]), ("massive", rates[2])):
         if rate is not None and rate.lower > delta:
             failures.append(f"{name} rate {rate.rate:.4f} > {delta:.4f}")
@@ -159,7 +163,7 @@ def _predicted(fixed: Fixed, epsilon: float, dim: int) -> Tensor:
     return found
 
 
-def _rate(rates: Tensor, predicted: Tensor, queries: int, confidence: float) -> Rate | None:
+def _rate(rates: Tensor, predicted: Tensor, queries: int, confidence: float, shared: float) -> Rate | None:
     """``rates`` [R, T]: of each key in each rotation."""
     R, T = rates.shape
     if not T:
@@ -178,7 +182,7 @@ def _rate(rates: Tensor, predicted: Tensor, queries: int, confidence: float) -> 
         standard_error=error,
         effective=effective,
         limit=clopper_pearson(rate, effective, confidence),
-        lower=clopper_pearson(rate, effective, confidence, upper=False),
+        lower=clopper_pearson(rate, effective, shared, upper=False),
     )
 
 

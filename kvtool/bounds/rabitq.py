@@ -74,7 +74,8 @@ def check_bound(
     if estimate is None:
         estimate = quantised_estimator(settings.query_bits) if settings.query_bits else estimator
     chosen = [i for i in capture.layers if layers is None or i in layers]
-    comparisons = 3 * sum(capture.shape.layers[i].num_kv_heads for i in chosen) * len(settings.bits)
+    # sinks, massive keys, bias, offset and variance of every head
+    comparisons = 5 * sum(capture.shape.layers[i].num_kv_heads for i in chosen) * len(settings.bits)
     done, total = 0, len(chosen) * len(settings.bits) * settings.rotations
     for index in chosen:
         layer = calibration.layer(index)
