@@ -4,7 +4,8 @@
     o' = sum_s (sum_t p_t 2^(code/2) c_s) 2^base_s A_s
 
 Pages outside the calibrated statistics lie in a plain rotation, keys and values apart, so there are four kinds of
-pages and four pairs of maps. Almost always there is one kind; the others are parts of their own, merged as usual.
+pages and four pairs of maps, each kind a part of its own. Almost always there is one; the host looks, unless the step
+is being captured in a CUDA graph, which must serve pages to come: then all four are launched, three with nothing to do.
 """
 
 import torch
@@ -40,22 +41,30 @@ def attend(
     bias, unit = mean_bias(queries, layer["key_mean"], layer.rope, positions, scale)
     pages = Packed(*_side(kv.key_pages, kv.key_gains), *_side(kv.value_pages, kv.value_gains))
     launch = default_launch(queries.device, gluon)
-    ordinary = not bool(kv.outside.any())
-    parts = [
-        attend_packed(
+    codecs = [codec_of(method, layer, kind) for kind in range(4)]
+    if not _capturing(queries) and not bool(kv.outside.any()):
+        return attend_packed(
+            queries, pages, codecs[0], scale=scale, softcap=softcap, bias=bias, bias_unit=unit, launch=launch
+        )
+    B, _, N = kv.outside.shape
+    parts = []
+    for kind, codec in enumerate(codecs):
+        # of a kind that a sequence does not have, it reads no page at all
+        length = N * (kv.outside == kind).reshape(B, -1).any(-1)
+        part = attend_packed(
             queries,
             pages,
-            codec_of(method, layer, kind),
+            codec,
             scale=scale,
             softcap=softcap,
+            pages=length.to(torch.int32),
             bias=bias,
             bias_unit=unit,
-            kinds=None if ordinary else kv.outside,
+            kinds=kv.outside,
             kind=kind,
             launch=launch,
         )
-        for kind in ((0,) if ordinary else (0, 1, 2, 3))
-    ]
+        parts.append(part)
     return attention.merge(*parts)
 
 
@@ -69,6 +78,10 @@ def codec_of(method: Transform, layer: LayerCalibration, kind: int = 0) -> Codec
         return Codec(key_widths, value_widths, key_map.mT, value_map, levels, levels)
 
     return remembered((method, layer.index, kind), layer["key_basis"], make)
+
+
+def _capturing(queries: Tensor) -> bool:
+    return queries.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _map(layer: LayerCalibration, side: str, plain: bool) -> tuple[tuple[int, ...], Tensor]:

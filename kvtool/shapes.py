@@ -40,7 +40,7 @@ class Rope(BaseModel):
     def table(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine, float32 [T, R/2] each, for integer ``positions`` [T]; scaled."""
         # float64: at 1M positions a float32 angle is off by 0.06 rad
-        angle = positions.to(torch.float64)[:, None] * _frequencies(self.inv_freq).to(positions.device)
+        angle = positions.to(torch.float64)[:, None] * _frequencies(self.inv_freq, positions.device)
         return (angle.cos() * self.scaling).float(), (angle.sin() * self.scaling).float()
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
@@ -60,9 +60,10 @@ class Rope(BaseModel):
 
 
 @lru_cache
-def _frequencies(inv_freq: tuple[float, ...]) -> Tensor:
-    # not kept on the Rope: two of them must compare by their fields alone
-    return torch.tensor(inv_freq, dtype=torch.float64)
+def _frequencies(inv_freq: tuple[float, ...], device: torch.device) -> Tensor:
+    # not kept on the Rope: two of them must compare by their fields alone; on the device, because a step that is
+    # captured in a CUDA graph may not copy from the host
+    return torch.tensor(inv_freq, dtype=torch.float64, device=device)
 
 
 class LayerShape(BaseModel):
