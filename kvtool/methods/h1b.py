@@ -15,7 +15,7 @@ almost uniformly. ``score=cosine`` keeps the key's norm, maps a to a cosine and 
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple, Self
 
@@ -29,11 +29,12 @@ from kvtool.attention import Attended
 from kvtool.centring import Centre
 from kvtool.errors import CaptureError
 from kvtool.methods import affine
-from kvtool.methods.base import Carry, Decompressed, LayerCalibration, Method, Progress
+from kvtool.methods.base import Carry, Claim, Decompressed, LayerCalibration, Method, Progress
 from kvtool.methods.finite import require_finite
-from kvtool.shapes import LayerShape, Rope, TensorSpec
+from kvtool.shapes import CacheShape, LayerShape, Rope, TensorSpec
 
 if TYPE_CHECKING:
+    from kvtool.bounds.measures import Evidence, Measure
     from kvtool.calibration import Calibration
     from kvtool.capture import Capture, LayerSample
     from kvtool.finetune import Tuned
@@ -184,6 +185,29 @@ class H1B(Method):
         D = layer.shape.head_dim
         codes = packing.unpack_values(kv.value_pages, [self.v_bits] * packing.groups(D), D)
         return affine.decode(codes, kv.value_scales, kv.value_minima, "token", 0)
+
+    def claims(self, shape: CacheShape, tensors: Mapping[str, Tensor]) -> Sequence[Claim]:
+        """The arcsine law: the agreement of two sketches is that of their angle, off by at most b tosses of a coin.
+
+        Orthogonal rows stay below independent ones, at .6 of their variance on real pairs.
+        """
+        return [Claim("sketch_variance", 1.0, "expected", "arcsine law, of independent rows")]
+
+    def measures(self) -> "Mapping[str, Measure]":
+        return {"sketch_variance": self._sketch_variance}
+
+    def _sketch_variance(self, evidence: "Evidence") -> Tensor:
+        """Squared deviation of the agreement from 2/pi arcsin c, over its variance for b independent rows, per key."""
+        from kvtool.bounds.measures import grouped
+
+        layer, D = evidence.layer, evidence.layer.shape.head_dim
+        q = grouped(evidence)[None]
+        k = evidence.keys[None] - self.removed(layer, evidence.positions)
+        kept = packing.unpack_keys(evidence.kv.key_pages, self._key_widths(D), self.sketch_bits * D)
+        a = self.agreement(self.sketch(q, layer)[:, :, None], kept)[0, :, 0]  # [H, G*S, T]
+        unit = [x / x.norm(dim=-1, keepdim=True).clamp_min(1e-30) for x in (q[0], k[0])]
+        law = 2 / math.pi * torch.asin((unit[0] @ unit[1].mT).clamp(-1, 1))
+        return ((a - law).square() * kept.shape[-1] / (1 - law.square()).clamp_min(1e-6)).mean(1)
 
     def removed(self, layer: LayerCalibration, positions: Tensor) -> Tensor | float:
         """What is subtracted from the keys at ``positions`` [T]: float32 [H, T, D], or nothing."""

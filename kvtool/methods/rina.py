@@ -16,7 +16,7 @@ does most damage have one more stage.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple, Self
 
@@ -30,11 +30,11 @@ from kvtool.attention import Attended
 from kvtool.centring import Centre
 from kvtool.errors import CaptureError, ModelError
 from kvtool.methods import rina_code as code
-from kvtool.methods.base import Carry, Decompressed, LayerCalibration, Method
+from kvtool.methods.base import Carry, Claim, Decompressed, LayerCalibration, Method
 from kvtool.rina_fit import fit_beta, fit_kappa
 from kvtool.rina_plan import Plan, choose
 from kvtool.rina_tiles import TilesKV
-from kvtool.shapes import LayerShape, Rope, TensorSpec
+from kvtool.shapes import CacheShape, LayerShape, Rope, TensorSpec
 
 if TYPE_CHECKING:
     from kvtool.capture import LayerSample
@@ -128,7 +128,7 @@ class RINA(Method):
             return self.at(keys.shape[-1]).compress(keys, values, layer, positions=positions)
         if self.variant == "published":
             return rina_tiles.compress(keys, values, layer, self.k_stages, self.v_stages), None
-        k = rotation.rotate(keys.float() - self._mean(layer, positions), layer["key_rotation"])
+        k = rotation.rotate(keys.float() - self.centre(layer, positions), layer["key_rotation"])
         v = rotation.rotate(values, layer["value_rotation"])
         if not (k.isfinite().all() and v.isfinite().all()):
             raise ModelError(
@@ -165,7 +165,7 @@ class RINA(Method):
         halves = _unpack_halves(kv.value_halves, self._spaces(D), self.v_stages)
         unit = code.decode_norm(packing.unpack_tokens(kv.value_norms)) / math.sqrt(D)
         v = code.decode(bits, halves, _stages(layer, "value", self.v_stages)) * unit[..., None]
-        keys = rotation.unrotate(k, layer["key_rotation"]) + self._mean(layer, positions)
+        keys = rotation.unrotate(k, layer["key_rotation"]) + self.centre(layer, positions)
         return Decompressed(keys, rotation.unrotate(v, layer["value_rotation"]))
 
     def attend(
@@ -216,6 +216,21 @@ class RINA(Method):
         variance = scale**2 * energy @ noise[:, :, None].mT
         return layer["kappa"].reshape(H, HQ // H, 1, 1) / 2 * variance
 
+    def claims(self, shape: CacheShape, tensors: Mapping[str, Tensor]) -> Sequence[Claim]:
+        """The noise estimate that decides stages and corrects logits; of the published form what its source says."""
+        if self.variant == "published":
+            return [
+                Claim("key_nmse", 1 - 0.9519**2, "expected", "its repository: cosine of keys .9519"),
+                Claim("value_nmse", 1 - 0.9916**2, "expected", "its repository: cosine of values .9916"),
+                Claim("bits_per_value", 1.0, "always", "its name: 1 bit"),
+            ]
+        claims = []
+        for i in shape.compressible:
+            stages = self.at(shape.layers[i].head_dim).k_stages
+            noise = float(tensors[f"layers.{i}.key_noise"][..., stages - 1].mean())
+            claims.append(Claim("residual_nmse", _MARGIN * noise, "expected", "calibration", i))
+        return claims
+
     # one more stage for the keys whose noise does most damage
 
     def _extra(self, residual: Tensor, unit: Tensor, layer: LayerCalibration) -> tuple[Tensor, Tensor, Tensor]:
@@ -249,7 +264,8 @@ class RINA(Method):
     def _spaces(self, head_dim: int) -> int:
         return head_dim // math.gcd(head_dim, self.subspace)
 
-    def _mean(self, layer: LayerCalibration, positions: Tensor) -> Tensor | float:
+    def centre(self, layer: LayerCalibration, positions: Tensor) -> Tensor | float:
+        """What is subtracted from the keys at ``positions`` [T]: float32 [H, T, D], or nothing."""
         return 0.0 if self.mean == "none" else centring.at(layer["key_mean"], self.mean, layer.rope, positions)
 
     def layer_schema(self, shape: LayerShape) -> dict[str, TensorSpec]:
@@ -294,7 +310,7 @@ class RINA(Method):
             if sample.queries is None:
                 raise CaptureError(f"layer {layer}: the capture has no queries; capture with --queries all")
             keep = sample.positions >= centring.SINKS
-            centred = sample.keys.float() - self._mean(fitted, sample.positions)
+            centred = sample.keys.float() - self.centre(fitted, sample.positions)
             keys.append(rotation.rotate(centred[:, keep], tensors["key_rotation"]))
             values.append(rotation.rotate(sample.values[:, keep], tensors["value_rotation"]))
             q = rotation.rotate(sample.queries.reshape(H, -1, D), tensors["key_rotation"])
@@ -347,4 +363,5 @@ def _unpack_halves(packed: Tensor, spaces: int, stages: int) -> Tensor:
     return code.unpack_nibbles(packed).unflatten(-1, (packing.PAGE, spaces, stages)).flatten(2, 3)
 
 
+_MARGIN = 1.25  # of a claim over what was measured when fitted: texts differ
 _TINY = 1e-30

@@ -1,12 +1,14 @@
 """H1B: the arcsine law, bits counted like bits, and a temperature that helps."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from kvtool.attention import attend, relative_error
+from kvtool.bounds.measures import Evidence, measure
 from kvtool.capture import LayerSample
 from kvtool.methods.base import LayerCalibration, nbytes
 from kvtool.methods.h1b import H1B
@@ -89,3 +91,21 @@ def test_more_sketch_bits_come_nearer_and_the_published_score_does_not():
         out = method.attend(queries, kv, layer, positions=sample.positions[4:], scale=128**-0.5).out
         errors[name] = relative_error(out, attend(queries, keys, values, scale=128**-0.5).out).item()
     assert errors["8"] < errors["1"] < errors["published"]
+
+
+def test_the_arcsine_claim_holds_and_equal_rows_break_it():
+    method = H1B(mean="none")
+    layer, sample = layer_of(method)
+    (claim,) = method.claims(None, {})
+
+    def measured(layer):
+        keys, values = sample.keys[None, :, :256], sample.values[None, :, :256]
+        kv, _ = method.compress(keys, values, layer, positions=torch.arange(256))
+        decoded = method.decompress(kv, layer, positions=torch.arange(256))
+        evidence = Evidence(method, layer, keys[0], values[0], sample.queries, torch.arange(256), kv, decoded)
+        return float(measure(claim.quantity, evidence).mean())
+
+    assert 0.4 < measured(layer) < claim.limit
+    # four rows of every five are copies: a fifth as many tosses, five times the variance
+    copied = layer["projection"][:, torch.arange(128) // 5 * 5]
+    assert measured(replace(layer, tensors={**layer.tensors, "projection": copied})) > 2 * claim.limit
