@@ -114,9 +114,10 @@ def decode(
             for i in tl.static_range(0, GROUPS, KEY_SPAN):
                 ys = ()
                 offset = tl.zeros([WARPS, ROWS], tl.float32)
-                for j in tl.static_range(i, min(i + KEY_SPAN, GROUPS)):
-                    ys = ys + (queries[j],)
-                    offset += tl.sum(queries[j], 2)
+                for j in tl.static_range(i, i + KEY_SPAN):
+                    if j < GROUPS:
+                        ys = ys + (queries[j],)
+                        offset += tl.sum(queries[j], 2)
                 score = _score(ys, key_at + 64 * KEY_WIDTH * i, used, tables, KEY_WIDTH, KEY_ZERO, WARPS, ROWS, ASM)
                 steps = _scales(KEY_STEPS + key_range + key_range_r * (i // KEY_SPAN), used, WARPS) / KEY_UNIT
                 minima = _scales(KEY_MINIMA + key_range + key_range_r * (i // KEY_SPAN), used, WARPS)

@@ -54,16 +54,17 @@ def jobs(target: str):
     for side in ("KEY", "VALUE"):
         ranges |= {f"{side}_WIDTH": 4, f"{side}_UNIT": decode_affine.UNIT[4], f"{side}_ZERO": decode_affine.ZERO[4]}
     loop = {"CAPPED": False, "STAGES": 3, "WARPS": 4, "ASM": nvidia}
-    yield "affine", decode_affine.decode, {**dims, **ranges, **loop, "D": 128, "GROUPS": 4}, {"num_warps": 4}
+    if target == "sm_90":
+        yield "affine", decode_affine.decode, {**dims, **ranges, **loop, "D": 64, "GROUPS": 2}, {"num_warps": 4}
     widths = {"4": (four, four), "mixed": ((4, 2, 2, 1), (3, 2, 2, 2)), "1": ((1,) * 4, (1,) * 4)}
-    for name, (keys, values) in (widths | {"gains": ((4, 2, 2), (3, 2, 2, 1))}).items():
+    for name, (keys, values) in (widths | {"gains": ((4, 2), (2, 1))}).items():
         common = {
-            **dims, "KEY_GROUPS": len(keys), "VALUE_GROUPS": 4, "KEY_WIDTHS": keys, "VALUE_WIDTHS": values,
+            **dims, "KEY_GROUPS": len(keys), "VALUE_GROUPS": len(values), "KEY_WIDTHS": keys, "VALUE_WIDTHS": values,
             "KEY_OFFSETS": starts(keys), "VALUE_OFFSETS": starts(values),
             "LEVEL_OFFSETS": tuple(OFFSET[width] for width in values),
             "PAGED": name != "gains", "BIASED": name == "gains", "CAPPED": False, "STAGES": 3, "PDL": hopper,
         }  # fmt: skip
-        if target != "sm_90" and name not in ("4", "gains"):
+        if target != "sm_90" and name != "4" and (nvidia or name != "gains"):
             continue  # the code does not depend on the target, the compiler's time does
         if name != "1":
             plain = {"WARPS": 4, "ASM": nvidia, "GAINS": name == "gains", "KINDED": False}

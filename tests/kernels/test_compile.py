@@ -19,12 +19,13 @@ def test_kernels_compile(target, tmp_path):
     done = subprocess.run([sys.executable, PROGRAM, target], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     found = {record["kernel"]: record for record in map(json.loads, done.stdout.splitlines())}
-    assert {"prepare", "merge", "mean", "encode", "decode 4", "decode gains", "affine"} <= set(found)
+    assert {"prepare", "merge", "mean", "encode", "decode 4"} <= set(found)
     for record in found.values():
-        # ranges, and gains of seven groups together with a bias, do not all fit into registers
-        assert record["stack"] <= {"affine": 16, "decode gains": 256}.get(record["kernel"], 0), record
+        # a bias moves the scores to another register layout, and then gains do not quite fit
+        assert record["stack"] <= (16 if record["kernel"] == "decode gains" else 0), record
         assert record["shared"] <= SHARED[target], record
     if target == "sm_90":
+        assert {"affine", "decode gains"} <= set(found)
         # registers decide how many programs are resident, which the choice of splits relies on
         assert found["decode_gluon 4"]["registers"] <= 128
         assert found["decode_gluon mixed"]["registers"] <= 128

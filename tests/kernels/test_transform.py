@@ -13,6 +13,7 @@ from kvtool import backends, centring, packing, rotation, transform_fit
 from kvtool import transform_code as chain
 from kvtool.attention import relative_error
 from kvtool.backends import choose_backend
+from kvtool.bench.subject import Subject
 from kvtool.errors import BackendError
 from kvtool.kernels import transform as kernels
 from kvtool.methods import make_method
@@ -99,6 +100,16 @@ def test_pages_outside_the_statistics_are_read_in_the_plain_rotation():
     found, exact, kv = both(method, layer, keys, values, queries / 8)
     assert kv.outside[0].tolist() == [[1, 0], [2, 0]]
     agree(found, exact)
+
+
+def test_bench_times_pages_inside_the_statistics():
+    method, layer, *_ = calibrated((4, 2), (2, 2), H=1)
+    subject = Subject(method, layer, "a test")
+    kv = subject.cache(64, 1, DEVICE)
+    assert not kv.outside.any()
+    queries, positions = subject.queries(1, DEVICE).float(), torch.arange(64, device=DEVICE)
+    exact = method.attend(queries, kv, layer, positions=positions, scale=0.125)
+    agree(kernels.attend(method, queries, kv, layer, positions=positions, scale=0.125), exact)
 
 
 def test_auto_takes_triton_where_gluon_is_refused(monkeypatch):
