@@ -130,6 +130,12 @@ def decode(
             where = page.to(tl.int64)
         key_at = KEY_PAGES + b * key_b + h * key_h + where * key_p
         value_at = VALUE_PAGES + b * value_b + h * value_h + where * value_p
+        if BIASED:
+            # loaded before the products: the compiler keeps what comes first in its layout
+            token = (page * 64 + tl.arange(0, 64)[None, :])[:, None, :]
+            # 64 bits for the program, 32 for what differs inside it
+            biases = BIAS + program.to(tl.int64) * ROWS * bias_row + (rows[None, :, None] * bias_row + token)
+            biases = tl.load(biases, mask=used[:, :, None] & (rows >= 0)[None, :, None] & (token >= 0), other=0.0)
         scale_at = b * key_scale_b + h * key_scale_h + where * key_scale_p
         if GAINS:
             value_scale_at = VALUE_SCALES + b * value_scale_b + h * value_scale_h + where * value_scale_p
@@ -158,10 +164,6 @@ def decode(
         absent = tl.where(used, 0.0, -2e30)
         x = x * scale
         if BIASED:
-            token = (page * 64 + tl.arange(0, 64)[None, :])[:, None, :]
-            # 64 bits for the program, 32 for what differs inside it
-            biases = BIAS + program.to(tl.int64) * ROWS * bias_row + (rows[None, :, None] * bias_row + token)
-            biases = tl.load(biases, mask=used[:, :, None] & (rows >= 0)[None, :, None] & (token >= 0), other=0.0)
             x += biases.to(tl.float32) * bias_unit
         if CAPPED:
             # tanh z = 1 - 2 / (e^2z + 1), in units of log2

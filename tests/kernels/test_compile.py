@@ -21,8 +21,7 @@ def test_kernels_compile(target, tmp_path):
     found = {record["kernel"]: record for record in map(json.loads, done.stdout.splitlines())}
     assert {"prepare", "merge", "mean", "encode", "decode 4"} <= set(found)
     for record in found.values():
-        # a bias moves the scores to another register layout, and then gains do not quite fit
-        assert record["stack"] <= (16 if record["kernel"] == "decode gains" else 0), record
+        assert record["stack"] == 0, record
         assert record["shared"] <= SHARED[target], record
     if target == "sm_90":
         assert {"affine", "decode gains"} <= set(found)
