@@ -8,7 +8,7 @@ from torch import Tensor
 from kvtool import packing
 from kvtool.attention import Attended, attend, logits
 from kvtool.kernels.packed import Codec, Packed
-from kvtool.transform_code import unpack_gains
+from kvtool.transform.code import unpack_gains
 
 
 def reference(

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from kvtool import attention, packing
-from kvtool import transform_code as chain
 from kvtool.attention import Attended
 from kvtool.kernels.launch import default_launch, remembered
 from kvtool.kernels.mean import mean_bias
 from kvtool.kernels.packed import Codec, Packed, attend_packed
 from kvtool.methods.base import LayerCalibration
 from kvtool.methods.transform import Transform, TransformKV, code_of, maps, plain_code
+from kvtool.transform import code as chain
 
 
 def refuses(method: Transform, *, gluon: bool = False) -> str | None:

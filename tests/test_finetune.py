@@ -11,10 +11,10 @@ from kvtool.calibration import CachePolicy, Calibration, read_header
 from kvtool.capture import record
 from kvtool.cli import main
 from kvtool.errors import CalibrationError, CaptureError, InputError
-from kvtool.finetune import finetune
+from kvtool.finetune.gradient import Split, attend, sketched
+from kvtool.finetune.training import finetune
 from kvtool.fitting import fit
 from kvtool.generation import generate
-from kvtool.h1b_gradient import Split, attend, sketched
 from kvtool.methods.base import LayerCalibration
 from kvtool.methods.h1b import H1B
 from kvtool.models import LoadedModel
@@ -205,7 +205,7 @@ def test_zero_steps_give_the_artifact_of_a_fit_without_fine_tuning(tiny, capture
 
 def test_a_fine_tune_that_does_not_improve_is_kept_out_and_said(tiny, capture, tmp_path, monkeypatch):
     # steps so long that they can only do harm
-    monkeypatch.setattr("kvtool.finetune._RATE", 100.0)
+    monkeypatch.setattr("kvtool.finetune.training._RATE", 100.0)
     made = fit(capture, method(2), policy=POLICY, out=tmp_path / "a.safetensors", model=lambda: tiny)
     assert "the fine-tune did not improve and was kept out" in made.verdict
     assert made.calibration.provenance["finetune"]["kept"] is False

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kvtool.bounds.measures import Measure
     from kvtool.calibration import Calibration
     from kvtool.capture import Capture, LayerSample
-    from kvtool.finetune import Tuned
+    from kvtool.finetune.training import Tuned
     from kvtool.models import LoadedModel
     from kvtool.policy import CachePolicy
     from kvtool.race import Raced

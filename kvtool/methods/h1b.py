@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from kvtool.bounds.measures import Evidence, Measure
     from kvtool.calibration import Calibration
     from kvtool.capture import Capture, LayerSample
-    from kvtool.finetune import Tuned
+    from kvtool.finetune.training import Tuned
     from kvtool.models import LoadedModel
 
 
@@ -97,7 +97,7 @@ class H1B(Method):
     ) -> "Tuned | None":
         if not self.finetune_steps:
             return None
-        from kvtool.finetune import finetune
+        from kvtool.finetune.training import finetune
 
         return finetune(model(), calibration, capture, stop=stop, progress=progress)
 

@@ -25,15 +25,15 @@ from pydantic import AfterValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from kvtool import attention, centring, packing, rina_tiles, rotation
+from kvtool import attention, centring, packing, rotation
 from kvtool.attention import Attended
 from kvtool.centring import Centre
 from kvtool.errors import CaptureError, ModelError
-from kvtool.methods import rina_code as code
 from kvtool.methods.base import Carry, Claim, Decompressed, LayerCalibration, Method
-from kvtool.rina_fit import fit_beta, fit_kappa
-from kvtool.rina_plan import Plan, choose
-from kvtool.rina_tiles import TilesKV
+from kvtool.rina import code, tiles
+from kvtool.rina.fit import fit_beta, fit_kappa
+from kvtool.rina.plan import Plan, choose
+from kvtool.rina.tiles import TilesKV
 from kvtool.shapes import CacheShape, LayerShape, Rope, TensorSpec
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class RINA(Method):
         if self.target_bits is not None:
             return self.at(keys.shape[-1]).compress(keys, values, layer, positions=positions)
         if self.variant == "published":
-            return rina_tiles.compress(keys, values, layer, self.k_stages, self.v_stages), None
+            return tiles.compress(keys, values, layer, self.k_stages, self.v_stages), None
         k = rotation.rotate(keys.float() - self.centre(layer, positions), layer["key_rotation"])
         v = rotation.rotate(values, layer["value_rotation"])
         if not (k.isfinite().all() and v.isfinite().all()):
@@ -156,7 +156,7 @@ class RINA(Method):
 
     def decompress(self, kv: RINAKV | TilesKV, layer: LayerCalibration, *, positions: Tensor) -> Decompressed:
         if isinstance(kv, TilesKV):
-            return rina_tiles.decompress(kv, layer)
+            return tiles.decompress(kv, layer)
         if self.target_bits is not None:
             return self.at(layer.shape.head_dim).decompress(kv, layer, positions=positions)
         k, _ = self._keys(kv, layer)
@@ -270,7 +270,7 @@ class RINA(Method):
 
     def layer_schema(self, shape: LayerShape) -> dict[str, TensorSpec]:
         if self.variant == "published":
-            return rina_tiles.layer_schema(shape)
+            return tiles.layer_schema(shape)
         H, D = shape.num_kv_heads, shape.head_dim
         if self.target_bits is not None:
             return self.at(D).layer_schema(shape)
@@ -295,7 +295,7 @@ class RINA(Method):
         self, shape: LayerShape, rope: Rope | None, samples: "Iterable[LayerSample]", *, layer: int
     ) -> dict[str, Tensor]:
         if self.variant == "published":
-            return rina_tiles.draw(shape, self.seed)
+            return tiles.draw(shape, self.seed)
         H, D = shape.num_kv_heads, shape.head_dim
         if self.target_bits is not None:
             return self.at(D).fit_layer(shape, rope, samples, layer=layer)

@@ -7,8 +7,8 @@ After the adaptive KV memory of https://pypi.org/project/akv-cache, built from m
     cold      turboquant, 3 bits
     archive   turboquant, 2 or 1 bits
 
-The unit is a block of 64 tokens (the page) of one KV head. ``tiered_places.py`` says which tier a unit belongs to,
-``tiered_pools.py`` how it is stored. After every pass the squared share of the softmax on each block, where a share is
+The unit is a block of 64 tokens (the page) of one KV head. ``tiered/places.py`` says which tier a unit belongs to,
+``tiered/pools.py`` how it is stored. After every pass the squared share of the softmax on each block, where a share is
 exp(lse_block - lse), enters its score, and units change places within sizes that a byte budget fixes. A unit that goes
 up is made from its original, if host memory still has it; without one it stays, for no code gives back what it dropped.
 Sizes and thresholds are fitted to the harm that each tier does to later queries of a capture.
@@ -24,16 +24,15 @@ from torch import Tensor
 
 from kvtool import attention, scores
 from kvtool.errors import CaptureError, MethodOptionError
-from kvtool.methods import tiered_places as places
-from kvtool.methods import tiered_pools as pools
 from kvtool.methods.affine import Affine
 from kvtool.methods.base import Carry, Claim, Decompressed, LayerCalibration, Method, Progress, nbytes
 from kvtool.methods.exact import Exact
-from kvtool.methods.tiered_pools import Codec, Host, Source, TieredKV
 from kvtool.methods.turboquant import TurboQuant
 from kvtool.packing import PAGE
 from kvtool.rdkv.budget import parse_share
 from kvtool.shapes import CacheShape, LayerShape, Rope, TensorSpec
+from kvtool.tiered import places, pools
+from kvtool.tiered.pools import Codec, Host, Source, TieredKV
 
 if TYPE_CHECKING:
     from kvtool.capture import Capture, LayerSample

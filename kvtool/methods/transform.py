@@ -2,12 +2,12 @@
 
 For keys, mu is the mean before RoPE and R(n) the rotation of position n; W and A belong to a KV head:
 
-    delta_n = k_n - R(n) mu          z = W delta_n         codes, gains = chain of stages (transform_code.py)
+    delta_n = k_n - R(n) mu          z = W delta_n         codes, gains = chain of stages (transform/code.py)
     q . k_n ~ q . R(n) mu + sum_s g_s (A_s q) . c_s        v_n ~ sum_s g_s A_s c_s
 
 Which coefficients a stage codes differs by head, its widths by layer, keys and values; they are chosen by reverse
-water-filling over the model on measured attention errors (waterfill.py), and the value decoders are fitted to
-attention outputs (transform_fit.py). docs/methods/transform.md says what is taken from whom.
+water-filling over the model on measured attention errors (transform/waterfill.py), and the value decoders are fitted to
+attention outputs (fitting.py). docs/methods/transform.md says what is taken from whom.
 """
 
 from collections.abc import Mapping
@@ -20,15 +20,16 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from kvtool import centring, packing, rotation, waterfill
-from kvtool import transform_code as chain
-from kvtool import transform_fit as fitting
+from kvtool import centring, packing, rotation
 from kvtool.errors import MethodOptionError, ModelError
 from kvtool.methods.base import Carry, Decompressed, LayerCalibration, Method, Progress
 from kvtool.packing import GROUP, PAGE
 from kvtool.shapes import CacheShape, LayerShape, TensorSpec
-from kvtool.transform_code import Code, Coded
-from kvtool.transform_fit import Samples, Statistics
+from kvtool.transform import code as chain
+from kvtool.transform import fit as fitting
+from kvtool.transform import waterfill
+from kvtool.transform.code import Code, Coded
+from kvtool.transform.fit import Samples, Statistics
 
 if TYPE_CHECKING:
     from kvtool.capture import Capture, LayerSample

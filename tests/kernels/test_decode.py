@@ -1,12 +1,7 @@
 """Kernels read the bytes of packing.py and agree with float64 attention; in Triton's interpreter without a GPU."""
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 from kvtool import packing
 from kvtool.attention import relative_error

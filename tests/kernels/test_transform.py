@@ -1,16 +1,11 @@
 """transform's kernel attends as transform's reference does: stages of any number and width, gains, plain pages."""
 
-import os
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
-from kvtool import backends, centring, packing, rotation, transform_fit
-from kvtool import transform_code as chain
+from kvtool import backends, centring, packing, rotation
 from kvtool.attention import relative_error
 from kvtool.backends import choose_backend
 from kvtool.bench.subject import Subject
@@ -19,6 +14,8 @@ from kvtool.kernels import transform as kernels
 from kvtool.methods import make_method
 from kvtool.methods.base import LayerCalibration
 from kvtool.shapes import LayerKind, LayerShape, Rope
+from kvtool.transform import code as chain
+from kvtool.transform import fit as fitting
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROPE = Rope(inv_freq=tuple(1e4 ** (-i / 32) for i in range(32)))
@@ -35,11 +32,9 @@ def calibrated(key_widths, value_widths, D=64, H=2, group=3, tokens=128):
     tensors = {"key_mean": torch.randn(H, D, generator=generator)}
     for side, widths in (("key", key_widths), ("value", value_widths)):
         plain = rotation.draw("hadamard", H, D, generator)
-        code = transform_fit.make_code(
-            torch.eye(D).expand(H, D, D).contiguous(), (steep**2).expand(H, D), widths, vectors
-        )
-        turn, variance = transform_fit.plain_basis(plain)
-        ordinary = transform_fit.make_code(turn, variance, widths, vectors)
+        code = fitting.make_code(torch.eye(D).expand(H, D, D).contiguous(), (steep**2).expand(H, D), widths, vectors)
+        turn, variance = fitting.plain_basis(plain)
+        ordinary = fitting.make_code(turn, variance, widths, vectors)
         missing = stages - len(widths)
 
         def padded(x, rows=1, missing=missing):

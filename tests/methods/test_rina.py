@@ -11,11 +11,11 @@ from kvtool.attention import attend, relative_error
 from kvtool.capture import LayerSample
 from kvtool.errors import MethodOptionError, ModelError
 from kvtool.methods import affine, make_method
-from kvtool.methods import rina_code as code
 from kvtool.methods.base import LayerCalibration, nbytes
 from kvtool.methods.rina import RINA
-from kvtool.rina_plan import LEFT, Plan, bits, choose, predicted
-from kvtool.rina_tiles import pursue, tiles, untile
+from kvtool.rina import code
+from kvtool.rina.plan import LEFT, Plan, bits, choose, predicted
+from kvtool.rina.tiles import pursue, tiles, untile
 from kvtool.shapes import LayerShape
 
 SHAPE = LayerShape(kind="full", num_heads=6, num_kv_heads=2, head_dim=64, scale=1 / 8)

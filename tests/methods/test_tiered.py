@@ -14,11 +14,12 @@ from kvtool.capture import Capture
 from kvtool.capture.sample import LayerSample
 from kvtool.errors import MethodOptionError, ModelError
 from kvtool.fitting import fit
-from kvtool.methods import make_method, tiered_places, tiered_pools
+from kvtool.methods import make_method
 from kvtool.methods.base import LayerCalibration, nbytes
-from kvtool.methods.tiered_places import FRESH, Damage
 from kvtool.runtime import exact_prefill, serve
 from kvtool.shapes import LayerKind, LayerShape
+from kvtool.tiered import places, pools
+from kvtool.tiered.places import FRESH, Damage
 
 PLAIN = dict(do_sample=False, pad_token_id=0, eos_token_id=None)
 MIX = (0.2, 0.2, 0.3, 0.3)
@@ -166,7 +167,7 @@ def test_blocks_stay_in_order_after_any_sequence_of_moves(first, operations, hos
             assert torch.equal((found @ exact.mT).argmax(-1), torch.arange(exact.shape[2]).expand(2, 2, -1))
         for b in range(2):
             counts = torch.bincount(cache.kv.tier[b].long(), minlength=4).tolist()
-            assert counts == tiered_places.capacities(torch.tensor(MIX), cache.kv.tier.shape[1])
+            assert counts == places.capacities(torch.tensor(MIX), cache.kv.tier.shape[1])
 
 
 def test_a_question_after_the_demotion_brings_the_original_back():
@@ -237,7 +238,7 @@ def test_host_memory_that_cannot_be_had_is_said(monkeypatch):
     def exhausted(*args):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(tiered_pools, "_copied", exhausted)
+    monkeypatch.setattr(pools, "_copied", exhausted)
     method = make_method("tiered")
     with pytest.raises(ModelError, match="bytes of host memory .* use a smaller -o host_mib"):
         Cache(layer_of(method), method).step(3)
@@ -283,12 +284,12 @@ def test_the_fitted_budget_holds_on_unseen_tokens(options, tiny_capture):
 def test_sizes_add_up_grow_and_never_cost_more_than_their_shares(shares, units, more):
     shares = torch.tensor(shares) / sum(shares)
     bits = torch.tensor([16.1, 8.6, 3.4, 2.4], dtype=torch.float64)
-    counts = tiered_places.capacities(shares, units)
+    counts = places.capacities(shares, units)
     assert sum(counts) == units
     assert min(counts) >= 0
     # up to the thousandth that choose() leaves free
     assert float(torch.tensor(counts).double() @ bits) <= units * float(shares.double() @ bits) + 1e-3 * 16
-    later = torch.tensor(tiered_places.capacities(shares, units + more)).cumsum(0)
+    later = torch.tensor(places.capacities(shares, units + more)).cumsum(0)
     grown = later - torch.tensor(counts).cumsum(0)
     # a border never moves back, and never past the new units
     assert ((grown >= 0) & (grown <= more)).all()
@@ -300,14 +301,14 @@ def test_placement_obeys_its_rules(units, fresh, seed):
     g = torch.Generator().manual_seed(seed)
     shares = torch.rand(4, generator=g)
     shares /= shares.sum()
-    B, counts = 3, tiered_places.capacities(shares, units)
+    B, counts = 3, places.capacities(shares, units)
     each = torch.repeat_interleave(torch.arange(4), torch.tensor(counts)).to(torch.uint8)
     old = torch.stack([each[torch.randperm(units, generator=g)] for _ in range(B)])
     old = torch.nn.functional.pad(old, (0, fresh), value=FRESH)
     ranked = torch.rand(B, units + fresh, generator=g) ** 3
     held, pinned = (torch.rand(B, units + fresh, generator=g) < p for p in (0.5, 0.3))
-    thresholds, wanted = torch.tensor([2.0, 1.0, 0.5]), tiered_places.capacities(shares, units + fresh)
-    new = tiered_places.place(old, ranked, held, pinned, wanted, thresholds, 2.0)
+    thresholds, wanted = torch.tensor([2.0, 1.0, 0.5]), places.capacities(shares, units + fresh)
+    new = places.place(old, ranked, held, pinned, wanted, thresholds, 2.0)
     assert all(torch.bincount(row.long(), minlength=4).tolist() == wanted for row in new)
     was = old != FRESH
     rose = was & (new < old)
@@ -360,13 +361,13 @@ def harms(U, factors=(0.0, 0.001, 1.0, 4.0), decay=0.9):
 @pytest.mark.parametrize("decay", [0.3, 0.9, 1.0])
 def test_sizes_are_the_best_of_all_that_fit(budget, decay):
     bits, damage = (16.1, 8.6, 3.4, 2.4), harms(40, decay=decay)
-    shares = tiered_places.choose([damage], bits, budget)
+    shares = places.choose([damage], bits, budget)
 
     def cost(s):
         return sum(x * b for x, b in zip(s, bits, strict=True))
 
     def harm(s):
-        ends = torch.tensor([0, *tiered_places.capacities(torch.as_tensor(s), 40)]).cumsum(0).tolist()
+        ends = torch.tensor([0, *places.capacities(torch.as_tensor(s), 40)]).cumsum(0).tolist()
         return sum(float(damage.harm[t, a:b].sum()) for t, (a, b) in enumerate(pairwise(ends)))
 
     assert cost(shares.tolist()) <= budget + 1e-6
@@ -387,7 +388,7 @@ def test_harm_is_the_error_of_the_output_when_a_unit_is_coded():
     queries, at = 2 * torch.randn(4, 640, 32, generator=g), torch.arange(640)
     sample = LayerSample(0, 0, layer.shape, None, keys, values, at, queries, at)
     codecs = method.codecs(layer)
-    found = tiered_places.damage(sample, codecs, recency=1e9)  # ranked by age alone, the newest first
+    found = places.damage(sample, codecs, recency=1e9)  # ranked by age alone, the newest first
     end, blocks = 640 - 106, found.harm.shape[1] // 2
     first = end - 106 - 64 * blocks
     exact = attend_later(sample, keys, values, end)

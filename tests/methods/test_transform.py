@@ -5,14 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvtool import attention, codebooks, packing, transform_fit, waterfill
-from kvtool import transform_code as chain
+from kvtool import attention, codebooks, packing
 from kvtool.capture.sample import LayerSample
 from kvtool.errors import MethodOptionError, ModelError
 from kvtool.methods import make_method
 from kvtool.methods.base import LayerCalibration, nbytes
 from kvtool.methods.transform import maps, widths
 from kvtool.shapes import CacheShape, LayerKind, LayerShape, Rope
+from kvtool.transform import code as chain
+from kvtool.transform import fit as fitting
+from kvtool.transform import waterfill
 
 STREAMS = (1.0, 1e4)  # squared norms of the residual stream of the two layers
 
@@ -188,11 +190,11 @@ def test_value_decoder_does_not_shrink_averages():
     sample = made.sample(0, 0)
     # one constant under all values, which attention that looks everywhere must return
     sample = replace(sample, values=sample.values + 0.5, queries=0.1 * sample.queries)
-    statistics = transform_fit.statistics(lambda: [sample])
-    turn, variance = transform_fit.basis(statistics.values, statistics.outputs)
-    code = transform_fit.make_code(turn, variance, (1, 1), sample.values[:, 4:])
-    moments = transform_fit.Moments(code, statistics.outputs)
-    seen = transform_fit.attention_of(sample, 64)
+    statistics = fitting.statistics(lambda: [sample])
+    turn, variance = fitting.basis(statistics.values, statistics.outputs)
+    code = fitting.make_code(turn, variance, (1, 1), sample.values[:, 4:])
+    moments = fitting.Moments(code, statistics.outputs)
+    seen = fitting.attention_of(sample, 64)
     features = moments.features(sample.values, seen.weights)
     exact = seen.weights @ sample.values
     moments.add(features[:, ::2], exact[:, ::2])

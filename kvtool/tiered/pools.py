@@ -1,6 +1,6 @@
 """Where the blocks of a tiered cache lie: one pool per tier, and the originals that host memory still has.
 
-A pool holds the units of one tier (``tiered_places.py``), in the order of their numbers, as its codec packed them: the
+A pool holds the units of one tier (``tiered/places.py``), in the order of their numbers, as its codec packed them: the
 fields of the codec's NamedTuple with a row per unit, [B, units, ...]. The tier of every unit is all it takes to find
 its row, and blocks come back in the order of their positions whatever has moved.
 """
@@ -14,8 +14,8 @@ from torch import Tensor
 from kvtool.errors import ModelError
 from kvtool.methods.base import LayerCalibration, Method, mapped
 from kvtool.methods.finite import require_finite
-from kvtool.methods.tiered_places import FRESH
 from kvtool.packing import PAGE
+from kvtool.tiered.places import FRESH
 
 HOST_BOOKS = 8 + 8  # bytes of an original's number and last use
 

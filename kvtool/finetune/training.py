@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from kvtool.adapter import Adapter
 from kvtool.errors import CaptureError, InputError, ModelError
 from kvtool.exact import exact_attention
-from kvtool.h1b_gradient import Split, attend
-from kvtool.lora import Lora, lora
+from kvtool.finetune.gradient import Split, attend
+from kvtool.finetune.lora import Lora, lora
 from kvtool.methods.base import LayerCalibration, Progress
 from kvtool.methods.h1b import H1B
 from kvtool.models.attention import attention_replaced

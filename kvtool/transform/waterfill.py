@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from kvtool import centring
-from kvtool import transform_code as chain
-from kvtool import transform_fit as fitting
 from kvtool.allocation import allocate
 from kvtool.packing import GROUP, groups
-from kvtool.transform_code import Code
-from kvtool.transform_fit import Samples, Statistics
+from kvtool.transform import code as chain
+from kvtool.transform import fit as fitting
+from kvtool.transform.code import Code
+from kvtool.transform.fit import Samples, Statistics
 
 if TYPE_CHECKING:
     from kvtool.capture import LayerSample

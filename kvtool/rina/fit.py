@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvtool import attention, centring, packing
 from kvtool.methods.base import LayerCalibration
-from kvtool.rina_tiles import TilesKV
+from kvtool.rina.tiles import TilesKV
 
 if TYPE_CHECKING:
     from kvtool.capture import LayerSample

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from kvtool import centring, rotation
-from kvtool import transform_code as chain
 from kvtool.packing import GROUP
 from kvtool.shapes import LayerShape
-from kvtool.transform_code import Code
+from kvtool.transform import code as chain
+from kvtool.transform.code import Code
 
 if TYPE_CHECKING:
     from kvtool.capture import LayerSample

@@ -23,7 +23,7 @@ from kvtool.packing import PAGE
 
 if TYPE_CHECKING:
     from kvtool.capture import LayerSample
-    from kvtool.methods.tiered_pools import Codec
+    from kvtool.tiered.pools import Codec
 
 TIERS = ("hot", "warm", "cold", "archive")
 FRESH = 255  # the tier of a unit that was not compressed before
