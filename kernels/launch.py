@@ -11,12 +11,12 @@ import triton
 from torch import Tensor
 
 from kvtool.attention import Attended
+from kvtool.backends import MAX_STEP
 from kvtool.errors import BackendError
 from kvtool.kernels.merge import merge
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 MAX_GROUP = 8  # query heads per KV head
-MAX_QUERIES = 8  # query tokens per step
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ def check_queries(queries: Tensor, kv_heads: int) -> None:
         refuse("head_dim", f"one of {', '.join(map(str, HEAD_DIMS))}", D)
     if HQ % kv_heads or HQ // kv_heads > MAX_GROUP:
         refuse("query heads", f"1 to {MAX_GROUP} per KV head", f"{HQ} for {kv_heads}")
-    if not 1 <= S <= MAX_QUERIES:
-        refuse("query tokens in a step", f"1 to {MAX_QUERIES}", S)
+    if not 1 <= S <= MAX_STEP:
+        refuse("query tokens in a step", f"1 to {MAX_STEP}", S)
     if queries.stride(-1) != 1 or not queries.is_floating_point():
         refuse("queries", "floats, contiguous in the last dimension", f"{queries.dtype}, strides {queries.stride()}")
 

@@ -7,8 +7,6 @@ projection, so the weights are never touched and what is removed afterwards leav
 """
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from kvtool.errors import CalibrationError
+from kvtool.home import replacing
 
 _PROBED = 64  # weights of each projection that say whose they are
 _SAME = 0.02  # of their root mean square: bfloat16 rounds to 0.004
@@ -63,14 +62,8 @@ class Adapter:
         """
         content = save(dict(sorted(self.tensors.items())), {"format": "pt", "kvtool-adapter": "1"})
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-            os.replace(beside, path)
-        except BaseException:
-            Path(beside).unlink(missing_ok=True)
-            raise
+        with replacing(path) as beside:
+            beside.write_bytes(content)
         return hashlib.sha256(content).hexdigest()
 
     @classmethod

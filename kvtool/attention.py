@@ -42,7 +42,7 @@ def attend(
         scores = scores + bias.reshape(*bias.shape[:2], 1, 1, bias.shape[-1])
     if causal:
         S, T = scores.shape[-2:]
-        hidden = torch.ones(S, T, dtype=torch.bool, device=scores.device).triu_(T - S + 1)
+        hidden = future(S, T, scores.device)
         scores = scores.masked_fill(hidden, -torch.inf)
     return from_logits(scores, values)
 
@@ -72,6 +72,11 @@ def logits(queries: Tensor, keys: Tensor, *, scale: float, softcap: float | None
     return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
+def future(S: int, T: int, device: torch.device) -> Tensor:
+    """What the last S of T tokens do not see: boolean [S, T]."""
+    return torch.ones(S, T, dtype=torch.bool, device=device).triu_(T - S + 1)
+
+
 def block_shares(
     queries: Tensor, keys: Tensor, *, first: int, block: int, scale: float, softcap: float | None = None
 ) -> Tensor:
@@ -82,7 +87,7 @@ def block_shares(
     """
     scores = logits(queries, keys, scale=scale, softcap=softcap).flatten(1, 2)
     S, T = scores.shape[-2:]
-    hidden = torch.ones(S, T, dtype=torch.bool, device=scores.device).triu_(T - S + 1)
+    hidden = future(S, T, scores.device)
     scores = scores.masked_fill(hidden, -torch.inf)
     tail = torch.nn.functional.pad(scores[..., first:], (0, -(T - first) % block), value=-torch.inf)
     partial = tail.unflatten(-1, (-1, block)).logsumexp(-1)

@@ -6,8 +6,6 @@ object, the ``Header`` below. A reader refuses what does not fit, naming tensor,
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -23,6 +21,7 @@ from torch import Tensor
 import kvtool
 from kvtool.adapter import Adapter
 from kvtool.errors import CalibrationError
+from kvtool.home import replacing
 from kvtool.methods import make_method
 from kvtool.methods.base import LayerCalibration, Method
 from kvtool.policy import CachePolicy
@@ -131,17 +130,10 @@ class Calibration:
         header = header.model_copy(update={"sha256": _content_sha256(header.model_dump_json(), tensors)})
         # a file with no tensors is not a valid safetensors file for every reader
         tensors = tensors or {"empty": torch.zeros(1, dtype=torch.uint8)}
-        handle = -1
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-            os.close(handle)
-            try:
+            with replacing(path) as beside:
                 save_file(tensors, beside, {"format": "pt", "kvtool": header.model_dump_json()})
-                os.replace(beside, path)
-            except BaseException:
-                Path(beside).unlink(missing_ok=True)
-                raise
         except (OSError, SafetensorError) as error:
             raise CalibrationError(f"{path}: cannot write the artifact: {error}") from error
         return path

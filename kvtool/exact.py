@@ -1,5 +1,8 @@
 """The model's own attention: exact, causal, with the mask or bias a caller brings, through torch's fused kernels."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,12 +31,12 @@ def exact_attention(
         mask = torch.ones(S, T, dtype=torch.bool, device=keys.device).tril_(T - S)
     if bias is not None:
         mask_bias = bias.to(queries.dtype).repeat_interleave(HQ // H, 1)[:, :, None]  # [B, HQ, 1, T]
-        hidden = _causal(S, T, keys.device) if mask is None and S > 1 else None if mask is None else ~mask
+        hidden = attention.future(S, T, keys.device) if mask is None and S > 1 else None if mask is None else ~mask
         mask = mask_bias if hidden is None else mask_bias.masked_fill(hidden, -torch.inf)
     if softcap is not None:
         scores = attention.logits(queries, keys, scale=scale, softcap=softcap).flatten(1, 2)
         if mask is None and S > 1:
-            mask = ~_causal(S, T, keys.device)
+            mask = ~attention.future(S, T, keys.device)
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
         weights = scores.softmax(-1).reshape(B, H, HQ // H, S, T)
@@ -46,5 +49,7 @@ def exact_attention(
     return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
 
 
-def _causal(S: int, T: int, device: torch.device) -> Tensor:
-    return torch.ones(S, T, dtype=torch.bool, device=device).triu_(T - S + 1)
+def logit_scale(module: Any, kwargs: Mapping[str, Any]) -> float:
+    """The scale of an attention ``module``'s logits: what transformers hands over, or that of its head_dim."""
+    scaling = kwargs.get("scaling")
+    return float(module.head_dim**-0.5 if scaling is None else scaling)

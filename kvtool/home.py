@@ -6,6 +6,8 @@ Each step remembers its newest output, so that the next command works without ar
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from kvtool.errors import InputError
@@ -46,13 +48,21 @@ def newest(step: str, command: str) -> Path:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write beside ``path``, then rename: a reader sees the old file or the new one, never half."""
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with replacing(path) as beside:
+        beside.write_text(text)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` to write to; it becomes ``path`` at the end of the block, or goes if that fails."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    beside = Path(name)
     try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
+        yield beside
         os.replace(beside, path)
     except BaseException:
-        Path(beside).unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
         raise
 
 

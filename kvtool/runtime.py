@@ -23,7 +23,7 @@ from kvtool.attention import Attended
 from kvtool.backends import Backend, choose_backend
 from kvtool.calibration import Calibration
 from kvtool.errors import ModelError
-from kvtool.exact import exact_attention
+from kvtool.exact import exact_attention, logit_scale
 from kvtool.methods.base import LOOKS_BACK, LayerCalibration, Method, mapped
 from kvtool.packing import PAGE
 from kvtool.parts import Parts
@@ -306,7 +306,7 @@ def exact_prefill(
         seen = torch.cat([queries[module.layer_idx], query], 2) if module.layer_idx in queries else query
         queries[module.layer_idx] = seen[:, :, -last_queries:].clone()
         softcap = kwargs.get("softcap")
-        out = exact_attention(query, key, value, scale=_scale(module, kwargs), softcap=softcap, mask=mask)
+        out = exact_attention(query, key, value, scale=logit_scale(module, kwargs), softcap=softcap, mask=mask)
         return out.transpose(1, 2).contiguous(), None
 
     cache = DynamicCache(config=model.config)
@@ -352,7 +352,7 @@ def _serve_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     layer = _served[id(module.config)].layers[module.layer_idx]
-    scale, softcap = _scale(module, kwargs), kwargs.get("softcap")
+    scale, softcap = logit_scale(module, kwargs), kwargs.get("softcap")
     if kwargs.get("s_aux") is not None:
         raise ModelError("attention with learned sink logits is not supported; serve this model uncompressed")
     if not isinstance(layer, CompressedLayer):
@@ -387,8 +387,3 @@ def _attention(model: PreTrainedModel, name: str, function: Any) -> Iterator[Non
         yield
     finally:
         model.set_attn_implementation(before)
-
-
-def _scale(module: Any, kwargs: dict[str, Any]) -> float:
-    scaling = kwargs.get("scaling")
-    return float(module.head_dim**-0.5 if scaling is None else scaling)

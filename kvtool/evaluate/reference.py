@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from kvtool.adapter import adapted
 from kvtool.calibration import Calibration
-from kvtool.home import home
+from kvtool.home import home, replacing
 from kvtool.methods.base import LOOKS_BACK
 from kvtool.runtime import Prefill, exact_prefill
 
@@ -71,13 +70,8 @@ class Store:
         """Store ``tensors`` atomically; a full disk costs time in the next run, not this one's result."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            handle, beside = tempfile.mkstemp(dir=self.path, prefix=f".{name}.")
-            os.close(handle)
-            try:
+            with replacing(self.path / f"{name}.safetensors") as beside:
                 save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, beside)
-                os.replace(beside, self.path / f"{name}.safetensors")
-            finally:
-                Path(beside).unlink(missing_ok=True)
             prune(self.path.parent, keep=self.path)
         except (OSError, SafetensorError):
             return

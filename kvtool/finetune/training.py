@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kvtool.adapter import Adapter
 from kvtool.errors import CaptureError, InputError, ModelError
-from kvtool.exact import exact_attention
+from kvtool.exact import exact_attention, logit_scale
 from kvtool.finetune.gradient import Split, attend
 from kvtool.finetune.lora import Lora, lora
 from kvtool.methods.base import LayerCalibration, Progress
@@ -266,8 +266,7 @@ class _Student:
         def attention(
             module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
         ) -> tuple[Tensor, None]:
-            scaling, softcap = kwargs.get("scaling"), kwargs.get("softcap")
-            scale = float(module.head_dim**-0.5 if scaling is None else scaling)
+            scale, softcap = logit_scale(module, kwargs), kwargs.get("softcap")
             layer = self._layer(module.layer_idx) if compress else None
             if layer is None:
                 out = exact_attention(query, key, value, scale=scale, softcap=softcap, mask=mask)

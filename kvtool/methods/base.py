@@ -29,6 +29,8 @@ Carry = Any  # what a method hands from one block to the next; None for most
 LOOKS_BACK = 64  # queries
 WHOLE_PROMPT = 1 << 30  # more queries than there are
 
+FITTED_MARGIN = 1.25  # of a claim over what was measured when fitted: texts differ
+
 
 class Decompressed(NamedTuple):
     """What the reference attends to.

@@ -29,7 +29,7 @@ from kvtool import attention, centring, packing, rotation
 from kvtool.attention import Attended
 from kvtool.centring import Centre
 from kvtool.errors import CaptureError, ModelError
-from kvtool.methods.base import Carry, Claim, Decompressed, LayerCalibration, Method
+from kvtool.methods.base import FITTED_MARGIN, Carry, Claim, Decompressed, LayerCalibration, Method
 from kvtool.rina import code, tiles
 from kvtool.rina.fit import fit_beta, fit_kappa
 from kvtool.rina.plan import Plan, choose
@@ -228,7 +228,7 @@ class RINA(Method):
         for i in shape.compressible:
             stages = self.at(shape.layers[i].head_dim).k_stages
             noise = float(tensors[f"layers.{i}.key_noise"][..., stages - 1].mean())
-            claims.append(Claim("residual_nmse", _MARGIN * noise, "expected", "calibration", i))
+            claims.append(Claim("residual_nmse", FITTED_MARGIN * noise, "expected", "calibration", i))
         return claims
 
     # one more stage for the keys whose noise does most damage
@@ -363,5 +363,4 @@ def _unpack_halves(packed: Tensor, spaces: int, stages: int) -> Tensor:
     return code.unpack_nibbles(packed).unflatten(-1, (packing.PAGE, spaces, stages)).flatten(2, 3)
 
 
-_MARGIN = 1.25  # of a claim over what was measured when fitted: texts differ
 _TINY = 1e-30

@@ -27,7 +27,7 @@ from torch import Tensor
 from kvtool import centring, codebooks, packing, rotation
 from kvtool.centring import Centre
 from kvtool.methods import qjl as sketches
-from kvtool.methods.base import Carry, Claim, Decompressed, LayerCalibration, Method
+from kvtool.methods.base import FITTED_MARGIN, Carry, Claim, Decompressed, LayerCalibration, Method
 from kvtool.methods.finite import require_finite
 from kvtool.methods.outliers import Part, join, parts_of, split
 from kvtool.methods.turboquant_fit import SIDES, fit
@@ -226,7 +226,7 @@ class TurboQuant(Method):
             for side in SIDES:
                 bits = min(part.bits for part in self.parts(side, D))
                 if not self.by_theorem(side):
-                    limit = _MARGIN * float(tensors[f"layers.{i}.{side}_distortion"])
+                    limit = FITTED_MARGIN * float(tensors[f"layers.{i}.{side}_distortion"])
                     claims.append(Claim(f"{side}_nmse", limit, "expected", "calibration", i))
                 elif side == "key" and self.qjl != "none":
                     limit = math.pi / (2 * D) * self._limit(bits)
@@ -244,4 +244,3 @@ class TurboQuant(Method):
 
 _SOURCE = "arXiv 2504.19874"
 _TINY = torch.finfo(torch.float32).tiny
-_MARGIN = 1.25  # of a claim over what was measured when fitted: texts differ
