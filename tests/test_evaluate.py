@@ -16,6 +16,7 @@ from kvtool.calibration import Calibration
 from kvtool.errors import InputError, ModelError
 from kvtool.evaluate import reference
 from kvtool.evaluate.contestants import Contestant, from_files, parse_baselines
+from kvtool.evaluate.measure import continue_segments
 from kvtool.evaluate.reference import Store, prune, segments
 from kvtool.evaluate.run import Corpus, Protocol, evaluate
 from kvtool.evaluate.table import markdown
@@ -195,6 +196,21 @@ def test_logits_that_states_do_not_give_back_are_stored_themselves(tiny_model, m
         assert "logits" in store.load("0")
         (again,) = segments(tiny_model.model, ids, store, prefix=64, chunk=8)
     assert torch.equal(first.logits, again.logits)
+
+
+def test_generated_text_is_the_models_own_and_depends_on_the_seed_alone(tiny_model):
+    ids = torch.randint(3, 97, (3, 61))
+    torch.manual_seed(1)
+    with torch.inference_mode():
+        first, again, other = (continue_segments(tiny_model.model, ids, prefix=40, seed=seed) for seed in (0, 0, 1))
+    assert first.shape == ids.shape
+    assert torch.equal(first[:, :40], ids[:, :40])
+    assert torch.equal(first, again)
+    assert not torch.equal(first[:, 40:], other[:, 40:])
+    protocol = Protocol(**vars(SMALL) | {"tasks": ("kld",), "generated": True})
+    (row,) = (row for row in run(tiny_model, [contestant(tiny_model)], protocol).rows if row["kind"] == "calibration")
+    assert row["generated"]
+    assert row["kld"] > 0
 
 
 def test_a_disk_that_is_full_costs_time_only(tiny_model, monkeypatch):

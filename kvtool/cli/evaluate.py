@@ -35,6 +35,9 @@ def evaluate(
     segments: Annotated[int, typer.Option(min=1, help="Stretches of text; errors are over segments.")] = 8,
     chunk: Annotated[str, typer.Option(help="Tokens scored in one pass; they see each other exactly.")] = "128",
     text: Annotated[str, typer.Option(help="Text that is scored: a shipped one, heldout, or a file.")] = "heldout",
+    generated: Annotated[
+        bool, typer.Option("--generated", help="Score what the full cache samples after each prefix, not the text.")
+    ] = False,
     passkey_context: Annotated[str, typer.Option(help="Tokens of a pass key prompt, all in all.")] = "4k",
     passkey_trials: Annotated[int, typer.Option(min=1, help="Prompts, at depths from 0 to 100 %.")] = 22,
     passkey_question: Annotated[
@@ -55,7 +58,7 @@ def evaluate(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of the pass keys.")] = 42,
+    seed: Annotated[int, typer.Option(help="Of the pass keys, and of --generated.")] = 42,
     fail_if: Annotated[
         list[str] | None,
         typer.Option(help="Exit 1 if a calibration is so: 'kld>0.05', 'passkey<0.95'. Repeatable.", show_default=False),
@@ -94,6 +97,7 @@ def evaluate(
         score=units.parse_tokens(score),
         segments=segments,
         chunk=units.parse_tokens(chunk),
+        generated=generated,
         passkey_context=units.parse_tokens(passkey_context),
         passkey_trials=passkey_trials,
         passkey_question=parse_question(passkey_question),

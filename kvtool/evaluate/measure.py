@@ -144,3 +144,25 @@ def take_segments(ids: Sequence[int], *, count: int, length: int, bos: Sequence[
         )
     step = len(ids) // count
     return torch.tensor([[*bos, *ids[i * step : i * step + own]] for i in range(count)])
+
+
+def continue_segments(model: PreTrainedModel, ids: Tensor, *, prefix: int, seed: int) -> Tensor:
+    """``ids`` [n, P + S + 1] with what follows the prefix replaced by the model's own words: S + 1 sampled tokens.
+
+    Sampled from the full cache at temperature 1: greedy text of a small model soon repeats itself and drifts less.
+    """
+    length = ids.shape[1] - prefix
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        grown = model.generate(
+            ids[:, :prefix].to(model.device),
+            attention_mask=torch.ones_like(ids[:, :prefix], device=model.device),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            min_new_tokens=length,
+            max_new_tokens=length,
+        )
+    return torch.as_tensor(grown).to(ids.device)

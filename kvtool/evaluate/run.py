@@ -12,7 +12,14 @@ from kvtool.errors import InputError
 from kvtool.evaluate import rows as row
 from kvtool.evaluate.contestants import Contestant
 from kvtool.evaluate.kld import drift
-from kvtool.evaluate.measure import Tally, begin_of_text, problems, score_segment, take_segments
+from kvtool.evaluate.measure import (
+    Tally,
+    begin_of_text,
+    continue_segments,
+    problems,
+    score_segment,
+    take_segments,
+)
 from kvtool.evaluate.passkey import Outcome, Question, answer, make_prompts, recall
 from kvtool.evaluate.reference import PREFILL_CHUNK, Store, fork, own_prefill, segments
 from kvtool.evaluate.rows import Row
@@ -28,6 +35,7 @@ class Protocol:
 
     prefix: tokens compressed before scoring. score: tokens scored after them. segments: stretches of text.
     chunk: tokens scored in one forward pass; within it they see each other exactly, afterwards as the cache keeps them.
+    generated: what is scored was sampled from the full cache after each prefix, instead of read from the text.
     passkey_question: ``after`` the context is compressed, or with it: at its ``end`` or as its ``start``.
     """
 
@@ -36,6 +44,7 @@ class Protocol:
     score: int = 512
     segments: int = 8
     chunk: int = 128
+    generated: bool = False
     passkey_context: int = 4096
     passkey_trials: int = 22
     passkey_question: Question = "after"
@@ -126,6 +135,8 @@ class _Run:
         protocol, model = self.protocol, self.model
         length, bos = protocol.prefix + protocol.score + 1, begin_of_text(self.loaded.tokenizer)
         ids = take_segments(self.text.ids, count=protocol.segments, length=length, bos=bos)
+        if protocol.generated:
+            ids = continue_segments(model, ids, prefix=protocol.prefix, seed=protocol.seed)
         what = {"task": "kld", "ids": _hash(ids.tolist()), "prefix": protocol.prefix, "chunk": protocol.chunk}
         store = Store.of(**what, **self.setting, queries=self.queries)
         tallies = {one.name: Tally() for one in self.compressed}
