@@ -1,0 +1,63 @@
+"""rabitq on the kernels: its codes are a uniform grid on packed pages, its rotations the linear maps."""
+
+import torch
+from torch import Tensor
+
+from kvtool.attention import Attended
+from kvtool.kernels.launch import default_launch, remembered
+from kvtool.kernels.mean import mean_bias
+from kvtool.kernels.packed import Codec, Packed, attend_packed
+from kvtool.methods import rabitq_code as code
+from kvtool.methods.base import LayerCalibration
+from kvtool.methods.rabitq import RaBitQ, RaBitQKV
+from kvtool.packing import groups
+
+
+def refuses(method: RaBitQ, *, gluon: bool = False) -> str | None:
+    """Why these options have no kernel; None if they have one."""
+    if method.mode == "topp":
+        return "rabitq in mode topp has no kernel yet"
+    if {method.k_bits, method.v_bits} & {5, 6, 7}:
+        return "rabitq at 5, 6 or 7 bits lies in pages of 8, whose zero the kernels take to be in the middle"
+    return None
+
+
+def attend(
+    method: RaBitQ,
+    queries: Tensor,
+    kv: RaBitQKV,
+    layer: LayerCalibration,
+    *,
+    positions: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    gluon: bool | None = None,
+    pages: Tensor | None = None,
+) -> Attended:
+    """As ``RaBitQ.attend``, over the first ``pages`` [B] of every head; ``gluon`` chooses one of the two decodes."""
+    bias = unit = None
+    if method.mean != "none":
+        rope = layer.rope if method.mean == "rotated" else None
+        bias, unit = mean_bias(queries, layer["key_mean"], rope, positions, scale)
+    packed = Packed(kv.key_pages, kv.key_scales, kv.value_pages, kv.value_scales)
+    launch = default_launch(queries.device, gluon)
+    codec = codec_of(method, layer)
+    return attend_packed(
+        queries, packed, codec, scale=scale, softcap=softcap, pages=pages, bias=bias, bias_unit=unit, launch=launch
+    )
+
+
+def codec_of(method: RaBitQ, layer: LayerCalibration) -> Codec:
+    """The codec of a layer."""
+
+    def make() -> Codec:
+        D = layer.shape.head_dim
+        key_map = code.rotation_matrix(layer["key_rotation"])[:, :, :D].mT
+        value_map = code.rotation_matrix(layer["value_rotation"])[:, :, :D]
+        # the grid's half integers, twice: odd, as tables want them
+        levels = {bits: (2 * torch.arange(1 << bits) - (1 << bits) + 1).to(torch.int8) for bits in (2, 3, 4)}
+        worth = [1.0 if bits == 8 else 0.5 for bits in (method.k_bits, method.v_bits)]
+        widths = [(bits,) * groups(D) for bits in (method.k_bits, method.v_bits)]
+        return Codec(*widths, key_map * worth[0], value_map * worth[1], levels, levels)
+
+    return remembered((method, layer.index), layer["key_rotation"], make)
