@@ -1,17 +1,18 @@
 """The packed form of rdkv: tokens sorted into pages of equal width, head by head and level by level.
 
 A *level* of a KV head is a set of widths: one per 32-channel group of the keys and one for the values. Level 0 is
-eviction, the last level is 16 bits, raw. Tokens of one level lie together in whole pages, in order of position, so the
+eviction, the last level is 16 bits. Tokens of one level lie together in whole pages, in order of position, so the
 level of every token (3 bits) is all it takes to find them again. Segments are stored level by level from the highest,
 within a level head by head.
 
 Keys lose the mean m of their head before rotary embedding, turned to the position: x = k - R(n) m, then y = x U with
 U orthogonal: channels sorted by importance and rotated inside each group (``grouped``), or rotated as a whole when all
 groups have one width. Values are rotated as a whole. Each token has one 8-bit gain for its key and one for its value,
-in steps of an eighth of an octave; codes are Lloyd-Max indices of y / (gain * spread of the group).
+in steps of an eighth of an octave; codes are Lloyd-Max indices of y / (gain * spread of the group). At 16 bits codes
+are uniform, a page of their high bytes before a page of their low ones: two pages of 8 bits to a kernel.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -33,7 +34,7 @@ class Pages(NamedTuple):
 
     levels: uint8 [B, H, 3, ceil(T/8)], bit planes of each token's level.
     key_codes, value_codes: uint8 [B, bytes], the pages of all segments.
-    key_gains, value_gains: uint8 [B, 64 * pages].
+    key_gains, value_gains: uint8 [B, 64 * pages], each page in the order of ``packing.pack_tokens``.
     """
 
     levels: Tensor
@@ -46,11 +47,8 @@ class Pages(NamedTuple):
 def level_bytes(widths: Tensor, head_dim: int) -> Tensor:
     """Bytes of one page at each level, int64 [H, L], for ``widths`` [H, L, G+1]; gains included."""
     unit = packing.PAGE * packing.GROUP // 8
-    groups = widths.shape[-1] - 1
-    packed = unit * (widths[..., :-1].sum(-1, dtype=torch.int64) + groups * widths[..., -1].long())
-    raw = (widths[..., -1] == EXACT).long() * 4 * packing.PAGE * head_dim
-    gains = (widths[..., -1] > 0).long() * 2 * packing.PAGE
-    return torch.where(raw > 0, raw, packed + gains)
+    packed = unit * (widths[..., :-1].sum(-1, dtype=torch.int64) + packing.groups(head_dim) * widths[..., -1].long())
+    return packed + (widths[..., -1] > 0).long() * 2 * packing.PAGE
 
 
 def pack(keys: Tensor, values: Tensor, levels: Tensor, layer: "LayerCalibration", positions: Tensor) -> Pages:
@@ -67,7 +65,7 @@ def pack(keys: Tensor, values: Tensor, levels: Tensor, layer: "LayerCalibration"
 
 def unpack(kv: Pages, layer: "LayerCalibration", positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Keys and values [B, H, K, D] float32 of the kept tokens, and which rows are real, bool [B, H, K]."""
-    levels = _levels(kv.levels, len(positions))
+    levels = token_levels(kv.levels, len(positions))
     B, H, _ = levels.shape
     D = layer.shape.head_dim
     kept = int((levels > 0).sum(-1).max()) if levels.numel() else 0
@@ -83,13 +81,11 @@ def unpack(kv: Pages, layer: "LayerCalibration", positions: Tensor) -> tuple[Ten
             sizes = maps.page_bytes(h, level)
             codes = [field[b, o : o + n * size] for field, o, size in zip(kv[1:3], byte, sizes, strict=True)]
             byte = [o + n * size for o, size in zip(byte, sizes, strict=True)]
-            gains: list[Tensor] = [kv.key_gains[b], kv.value_gains[b]]
-            if maps.width(h, level) != EXACT:
-                gains = [g[page * packing.PAGE : (page + n) * packing.PAGE] for g in gains]
-                page += n
+            gains = [g[b, page * packing.PAGE : (page + n) * packing.PAGE] for g in kv[3:5]]
+            page += n
             key, value = maps.decode(h, level, codes, gains, n)
             rows = slice(at[h], at[h] + len(tokens))
-            keys[b, h, rows] = key[: len(tokens)] + (0 if maps.width(h, level) == EXACT else centre[h, tokens])
+            keys[b, h, rows] = key[: len(tokens)] + centre[h, tokens]
             values[b, h, rows] = value[: len(tokens)]
             real[b, h, rows] = True
             at[h] += len(tokens)
@@ -107,9 +103,6 @@ def restore(
     centre = _centre(layer, positions)
     out_keys, out_values = torch.zeros_like(keys, dtype=torch.float32), torch.zeros_like(values, dtype=torch.float32)
     for level, h, tokens in segments(levels[0]):
-        if rotated.width(h, level) == EXACT:
-            out_keys[0, h, tokens], out_values[0, h, tokens] = (x[0, h, tokens].half().float() for x in (keys, values))
-            continue
         *codes, y_gain, v_gain = rotated.codes(0, h, level, tokens)
         key, value = rotated.decode_codes(h, level, codes[0], codes[1], y_gain, v_gain)
         out_keys[0, h, tokens], out_values[0, h, tokens] = key + centre[h, tokens], value
@@ -139,13 +132,8 @@ class _Maps:
         self.spread = layer["spread"].float()
         self.key_basis, self.value_basis = layer["key_basis"].float(), layer["value_basis"].float()
 
-    def width(self, h: int, level: int) -> int:
-        return int(self.widths[h][level][-1])
-
     def page_bytes(self, h: int, level: int) -> tuple[int, int]:
         *key, value = self.widths[h][level]
-        if value == EXACT:
-            return 2 * packing.PAGE * self.dim, 2 * packing.PAGE * self.dim
         return packing.page_bytes(key), packing.page_bytes([value] * len(key))
 
     def grouped(self, h: int, level: int) -> int:
@@ -153,12 +141,12 @@ class _Maps:
 
     def decode(self, h: int, level: int, codes: list[Tensor], gains: list[Tensor], n: int) -> tuple[Tensor, Tensor]:
         *key_widths, value_width = self.widths[h][level]
-        if value_width == EXACT:
-            key, value = (c.view(torch.float16).reshape(n * packing.PAGE, self.dim).float() for c in codes)
-            return key, value
-        key_codes = packing.unpack_keys(codes[0].reshape(n, -1), key_widths, self.dim)
-        value_codes = packing.unpack_values(codes[1].reshape(n, -1), [value_width] * len(key_widths), self.dim)
-        return self.decode_codes(h, level, key_codes, value_codes, gains[0], gains[1])
+        value_widths = [value_width] * len(key_widths)
+        pages = [c.reshape(n, -1) for c in codes]
+        key_codes = _unpacked(packing.unpack_keys, pages[0], key_widths, self.dim)
+        value_codes = _unpacked(packing.unpack_values, pages[1], value_widths, self.dim)
+        unpacked = [packing.unpack_tokens(g.reshape(n, -1)) for g in gains]
+        return self.decode_codes(h, level, key_codes, value_codes, unpacked[0], unpacked[1])
 
     def decode_codes(
         self, h: int, level: int, key_codes: Tensor, value_codes: Tensor, key_gain: Tensor, value_gain: Tensor
@@ -180,7 +168,6 @@ class _Rotated(_Maps):
 
     def __init__(self, keys: Tensor, values: Tensor, layer: "LayerCalibration", positions: Tensor) -> None:
         super().__init__(layer)
-        self.keys, self.values = keys, values
         centred = keys.float() - _centre(layer, positions)
         self.y = [centred @ self.key_basis[:, grouped] for grouped in (0, 1)]
         self.v = values.float() @ self.value_basis
@@ -188,14 +175,11 @@ class _Rotated(_Maps):
     def encode(self, b: int, h: int, level: int, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         *key_widths, value_width = self.widths[h][level]
         fill = -len(tokens) % packing.PAGE
-        if value_width == EXACT:
-            none = torch.zeros(0, dtype=torch.uint8, device=tokens.device)
-            raw = [_padded(x[b, h, tokens], fill).half().flatten().view(torch.uint8) for x in (self.keys, self.values)]
-            return raw[0], raw[1], none, none
-        y_codes, v_codes, y_gain, v_gain = self.codes(b, h, level, tokens)
-        y_codes, v_codes = _padded(y_codes, fill), _padded(v_codes, fill)
-        packed = packing.pack_keys(y_codes, key_widths), packing.pack_values(v_codes, [value_width] * len(key_widths))
-        return packed[0].flatten(), packed[1].flatten(), _padded(y_gain, fill), _padded(v_gain, fill)
+        y_codes, v_codes, *gains = self.codes(b, h, level, tokens)
+        y_pages = _packed(packing.pack_keys, _padded(y_codes, fill), key_widths)
+        v_pages = _packed(packing.pack_values, _padded(v_codes, fill), [value_width] * len(key_widths))
+        y_gain, v_gain = (packing.pack_tokens(_padded(g, fill)).flatten() for g in gains)
+        return y_pages.flatten(), v_pages.flatten(), y_gain, v_gain
 
     def codes(self, b: int, h: int, level: int, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         *key_widths, value_width = self.widths[h][level]
@@ -206,6 +190,22 @@ class _Rotated(_Maps):
         y_codes = table_codes(y / gain(y_gain)[:, None], key_widths)
         v_codes = table_codes(v / gain(v_gain)[:, None], [value_width] * len(key_widths))
         return y_codes, v_codes, y_gain, v_gain
+
+
+def _packed(pack: Callable[[Tensor, list[int]], Tensor], codes: Tensor, widths: list[int]) -> Tensor:
+    if EXACT not in widths:
+        return pack(codes, widths)
+    halves = [pack((codes >> shift & 255).to(torch.uint8), [8] * len(widths)) for shift in (8, 0)]
+    return torch.cat(halves, -1)
+
+
+def _unpacked(
+    unpack: Callable[[Tensor, list[int], int], Tensor], pages: Tensor, widths: list[int], head_dim: int
+) -> Tensor:
+    if EXACT not in widths:
+        return unpack(pages, widths, head_dim)
+    high, low = (unpack(half, [8] * len(widths), head_dim).int() for half in pages.chunk(2, -1))
+    return high << 8 | low
 
 
 def gain_code(x: Tensor) -> Tensor:
@@ -219,8 +219,16 @@ def gain(code: Tensor) -> Tensor:
     return ((code.float() - _GAIN_ZERO) / _GAIN_STEPS).exp2()
 
 
+def exact_step(head_dim: int) -> float:
+    """The step of 16-bit codes, for entries of unit mean square: none of them exceeds sqrt(head_dim)."""
+    # 5 % for the rounding of the gain
+    return 1.05 * head_dim**0.5 / 32768
+
+
 def table_codes(x: Tensor, widths: list[int]) -> Tensor:
-    """Codes uint8 of ``x`` [..., D], entries of unit variance, each group of channels at its width."""
+    """Codes uint8 (int32 at 16 bits) of ``x`` [..., D], entries of unit variance, each group at its width."""
+    if EXACT in widths:
+        return (x / exact_step(x.shape[-1]) + 32768).floor().clamp(0, 65535).int()
     parts = []
     for group, width in zip(x.split(packing.GROUP, -1), widths, strict=True):
         if width == 0:
@@ -233,6 +241,8 @@ def table_codes(x: Tensor, widths: list[int]) -> Tensor:
 
 def table_values(codes: Tensor, widths: list[int]) -> Tensor:
     """What ``codes`` [..., D] stand for, float32; 0 where the width is 0."""
+    if EXACT in widths:
+        return (codes.float() - 32767.5) * exact_step(codes.shape[-1])
     parts = []
     for group, width in zip(codes.split(packing.GROUP, -1), widths, strict=True):
         if width == 0:
@@ -260,8 +270,8 @@ def _planes(levels: Tensor) -> Tensor:
     return (bits.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
 
 
-def _levels(planes: Tensor, tokens: int) -> Tensor:
-    """The inverse of :func:`_planes`: uint8 [B, H, T]."""
+def token_levels(planes: Tensor, tokens: int) -> Tensor:
+    """The level of each token, uint8 [B, H, T], from the bit planes that are stored."""
     bits = (planes[..., None] >> torch.arange(8, device=planes.device, dtype=torch.uint8)) & 1
     flat = bits.flatten(-2)[..., :tokens]  # [B, H, 3, T]
     return flat[:, :, 0] + 2 * flat[:, :, 1] + 4 * flat[:, :, 2]

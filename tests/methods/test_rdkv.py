@@ -110,7 +110,7 @@ def test_more_budget_means_less_error(fitted):
         exact = attention.attend(queries, one.keys[None, :, inner], one.values[None, :, inner], scale=0.125)
         errors.append(float(attention.relative_error(found.out, exact.out)))
     assert errors == sorted(errors, reverse=True)
-    # nearly all is float16: logits of size 10 move by 10 * 2^-11 = 5e-3
+    # nearly all has 16 bits: logits of size 10 move by 10 * 2^-12 = 2e-3
     assert errors[-1] < 5e-3
 
 
@@ -146,8 +146,10 @@ def test_pages_return_every_kept_token_once_and_none_that_was_evicted(seed, T, D
             tokens = pages.kept_tokens(levels[b, h])
             exact = levels[b, h, tokens] == 7
             rows = real[b, h].nonzero().squeeze(1)
-            assert torch.equal(found_keys[b, h, rows[exact]], keys[b, h, tokens[exact]].half().float())
-            assert torch.equal(found_values[b, h, rows[exact]], values[b, h, tokens[exact]].half().float())
+            for found, x in ((found_keys, keys), (found_values, values)):
+                # 16 bits of sqrt(D) times the root mean square: 1e-4 of what is left of a key without its mean
+                off = (found[b, h, rows[exact]] - x[b, h, tokens[exact]]).norm(dim=-1)
+                assert (off < 1e-3 * x[b, h, tokens[exact]].norm(dim=-1)).all()
             # at least 1 bit everywhere: what comes back is the token it says, not another
             assert (torch.cosine_similarity(found_values[b, h, rows], values[b, h, tokens], -1) > 0.5).all()
 
@@ -378,13 +380,6 @@ def test_a_question_asked_first_is_remembered_by_accumulated_scores(fitted):
         lost, _ = method.token_weights(keys, values, fitted, one.positions, queries, None)
         ranks.append(int((lost[0, 0] > lost[0, 0, 40]).sum()))
     assert ranks[1] < 5 < 50 < ranks[0]
-
-
-def test_the_claim_is_the_budget():
-    one = OneLayer([sample(layer_shape(), T=300)])
-    method = RDKV(bits=3)
-    (claim,) = method.claims(one.shape, fit(method, one))
-    assert (claim.quantity, claim.limit, claim.kind, claim.layer) == ("bits_per_value", 3.0, "always", 0)
 
 
 def test_looking_at_some_queries_at_a_time_changes_nothing(fitted, monkeypatch):
