@@ -117,11 +117,14 @@ def second_order(seen: Observed, values: Tensor, importance: Tensor, *, evicted:
     importance: [HQ], what a squared error of each query head's output is worth.
     """
     H, G = seen.weights.shape[1:3]
-    values = values[:, :, None].to(seen.weights.dtype)
-    apart = values.pow(2).sum(-1)[..., None, :] - 2 * seen.out @ values.mT + seen.out.pow(2).sum(-1, keepdim=True)
     p = seen.weights / (1 - seen.weights).clamp(min=1e-3) if evicted else seen.weights
     worth = importance.reshape(1, H, G, 1, 1)
-    return (worth * p.pow(2) * apart.clamp(min=0)).sum(3).mean(2) / seen.votes.clamp(min=1)
+    return (worth * p.pow(2) * apart(seen.out, values[:, :, None].to(p.dtype))).sum(3).mean(2) / seen.votes.clamp(min=1)
+
+
+def apart(out: Tensor, values: Tensor) -> Tensor:
+    """||v - o||^2 of outputs [..., W, D] and values [..., T, D], [..., W, T]."""
+    return (values.pow(2).sum(-1)[..., None, :] - 2 * out @ values.mT + out.pow(2).sum(-1, keepdim=True)).clamp(min=0)
 
 
 def smooth(scores: Tensor, kernel: int) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from kvtool import scores
 from kvtool.bounds.measures import Evidence, measure
 from kvtool.bounds.statistics import clopper_pearson, effective_cases
 from kvtool.calibration import Calibration
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from kvtool.capture import Capture, LayerSample
 
 QUERIES = 128  # of each query head, from the end of the text
+SHOWN = 32  # of them, to the method
 
 
 @dataclass(frozen=True)
@@ -115,15 +117,18 @@ def evidence(calibration: Calibration, sample: "LayerSample", layer: Any) -> Evi
     keys, values = sample.keys[:, start:stop].float(), sample.values[:, start:stop].float()
     positions = sample.positions[start:stop]
     queries = None if sample.queries is None else sample.queries[:, -QUERIES:].float()
-    last = None if queries is None else queries[None, :, -32:]
+    last = None if queries is None else queries[None, :, -SHOWN:]
     sinks = calibration.policy.sinks
     outside = torch.cat([torch.arange(sinks), torch.arange(stop, sample.keys.shape[1])])
-    carry = calibration.method.begin(
-        last, sample.keys[None, :, outside].float(), sample.values[None, :, outside].float(), layer, sinks=sinks
-    )
+    exact = sample.keys[None, :, outside].float(), sample.values[None, :, outside].float()
+    carry = calibration.method.begin(last, *exact, layer, sinks=sinks)
     kv, _ = calibration.method.compress(keys[None], values[None], layer, positions=positions, queries=last, carry=carry)
     decoded = calibration.method.decompress(kv, layer, positions=positions)
-    return Evidence(calibration.method, layer, keys, values, queries, positions, kv, decoded)
+    rest = None
+    if queries is not None and sample.query_positions is not None:
+        ago = (sample.positions > sample.query_positions[-QUERIES:, None]).sum(1)
+        rest = scores.around(queries[None], *exact, sample.shape, sinks=sinks, ago=ago)
+    return Evidence(calibration.method, layer, keys, values, queries, positions, kv, decoded, rest, SHOWN)
 
 
 def _check_layer(

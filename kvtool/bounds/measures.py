@@ -23,6 +23,8 @@ class Evidence:
 
     keys, values: [H, T, D] float32, as captured. queries: [HQ, S, D] float32 from the end of the text, or None.
     kv: the compressed form; decoded: what attention sees of it, [1, H, T, D].
+    rest: attention of the queries over the tokens that stay exact, or None. shown: how many of the last queries the
+    method looked at.
     """
 
     method: Method
@@ -33,6 +35,8 @@ class Evidence:
     positions: Tensor
     kv: Any
     decoded: Decompressed
+    rest: Attended | None = None
+    shown: int = 0
 
 
 Measure = Callable[[Evidence], Tensor]

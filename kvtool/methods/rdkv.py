@@ -34,10 +34,12 @@ from kvtool.methods.base import (
 )
 from kvtool.packing import PAGE, groups
 from kvtool.rdkv.budget import budget_fraction, parse_share
+from kvtool.rdkv.claims import distortion_claims, level_distortion, output_distortion
 from kvtool.rdkv.pages import LEVELS, Pages, level_bytes, pack, unpack
 from kvtool.shapes import CacheShape, LayerShape, TensorSpec
 
 if TYPE_CHECKING:
+    from kvtool.bounds.measures import Measure
     from kvtool.capture import Capture
     from kvtool.policy import CachePolicy
     from kvtool.race import Raced
@@ -204,12 +206,16 @@ class RDKV(Method):
         return Decompressed(keys, values, bias)
 
     def claims(self, shape: CacheShape, tensors: Mapping[str, Tensor]) -> Sequence[Claim]:
-        """The budget, of every layer."""
-        return [
+        """The budget of every layer, and the distortion that the allocation predicts."""
+        budgets = [
             Claim("bits_per_value", 16 * float(tensors[f"layers.{i}.fraction"]), "always", "calibration", layer=i)
             for i in shape.compressible
             if f"layers.{i}.fraction" in tensors
         ]
+        return [*budgets, *distortion_claims(shape, tensors)]
+
+    def measures(self) -> "Mapping[str, Measure]":
+        return {"level_distortion": level_distortion, "output_distortion": output_distortion}
 
     def token_weights(
         self,

@@ -22,6 +22,7 @@ from kvtool.methods.base import Progress
 from kvtool.packing import GROUP, PAGE, groups
 from kvtool.rdkv.layers import SINKS, Demand, demand, spread_over_layers
 from kvtool.rdkv.pages import EXACT, LEVELS, gain, gain_code, level_bytes, table_codes, table_values
+from kvtool.scores import apart
 from kvtool.shapes import LayerShape
 
 if TYPE_CHECKING:
@@ -179,9 +180,7 @@ def sensitivity(sample: "LayerSample", generator: torch.Generator) -> Sensitivit
     weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
     out = weights @ values
     squared = weights[..., tokens].pow(2)
-    v = values[:, tokens]
-    apart = v.pow(2).sum(-1)[:, None] - 2 * out @ v.mT + out.pow(2).sum(-1, keepdim=True)
-    return Sensitivity(q, tokens, squared, squared * apart.clamp(min=0))
+    return Sensitivity(q, tokens, squared, squared * apart(out, values[:, tokens]))
 
 
 def ladder(curves: Curves, head_dim: int) -> tuple[Tensor, Tensor]:
