@@ -32,8 +32,9 @@ def attend(
     scale: float,
     softcap: float | None = None,
     gluon: bool = False,
+    pages: Tensor | None = None,
 ) -> Attended:
-    """As ``Affine.attend``."""
+    """As ``Affine.attend``, over the first ``pages`` [B] of every head."""
     B, HQ, S, D = queries.shape
     H, N = kv.key_pages.shape[1:3]
     check(queries, kv)
@@ -57,8 +58,8 @@ def attend(
         kv.key_minima,
         kv.value_scales,
         kv.value_minima,
-        _tables(device),
-        full(B, N, device),
+        code_tables(device),
+        full(B, N, device) if pages is None else pages,
         out,
         lse,
         splits,
@@ -85,7 +86,7 @@ def attend(
         num_warps=WARPS,
         **dims,
     )
-    return merged(out, lse, _identity(packing.GROUP * groups, D, device), (B, HQ, S, D), dims, False)
+    return merged(out, lse, identity(packing.GROUP * groups, D, device), (B, HQ, S, D), dims, False)
 
 
 def check(queries: Tensor, kv: AffineKV) -> None:
@@ -114,12 +115,14 @@ def _span(axis: str, group: int, groups: int) -> int:
 
 
 @lru_cache
-def _tables(device: torch.device) -> Tensor:
+def code_tables(device: torch.device) -> Tensor:
+    """Tables that turn code c of 2, 3 or 4 bits into the byte ``decode_affine.UNIT`` * c."""
     # bytes UNIT * code; a table of 4 bits is given as 2 u - 127
     levels = {width: decode_affine.UNIT[width] * torch.arange(1 << width) for width in (2, 3, 4)}
     return table(levels | {4: 2 * levels[4] - 127}).to(device)
 
 
 @lru_cache
-def _identity(channels: int, D: int, device: torch.device) -> Tensor:
+def identity(channels: int, D: int, device: torch.device) -> Tensor:
+    """The map of a method that stores the model's own ``D`` channels, padded: float32 [1, channels, D]."""
     return torch.eye(channels, D, device=device)[None]

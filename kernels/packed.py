@@ -190,11 +190,11 @@ def attend_packed(
     words = kv.key_pages.view(torch.int32), kv.value_pages.view(torch.int32)
     scales = [x.view(torch.int32) if gains else x for x in (kv.key_scales, kv.value_scales)]
     strides = [(0 if page_table is not None else x.stride(0), *x.stride()[1:3]) for x in (*words, *scales)]
-    rows_of_bias = query_scale if bias is None else _bias_rows(bias, B, H, used_rows, blocks * ROWS)
+    rows_of_bias = query_scale if bias is None else bias_rows(bias, B, H, used_rows, blocks * ROWS)
     units = query_scale
     if bias is not None:
         one = torch.ones(B, HQ, S, 1, device=device) if bias_unit is None else bias_unit[..., None]
-        units = LOG2E * _bias_rows(one, B, H, used_rows, blocks * ROWS)
+        units = LOG2E * bias_rows(one, B, H, used_rows, blocks * ROWS)
     options: dict[str, Any] = {
         "KEY_GROUPS": groups,
         "VALUE_GROUPS": value_groups,
@@ -306,6 +306,7 @@ def _starts(widths: Sequence[int]) -> tuple[int, ...]:
     return tuple(64 * sum(widths[:i]) for i in range(len(widths)))  # words
 
 
-def _bias_rows(bias: Tensor, B: int, H: int, used: int, rows: int) -> Tensor:
+def bias_rows(bias: Tensor, B: int, H: int, used: int, rows: int) -> Tensor:
+    """Per-query ``bias`` [1 or B, HQ, S, T] as the decode reads it: [B, H, rows, T], unused rows 0."""
     grouped = bias.expand(B, *bias.shape[1:]).reshape(B, H, used, -1)
     return grouped.contiguous() if used == rows else F.pad(grouped, (0, 0, 0, rows - used))

@@ -3,7 +3,7 @@
     y = q M                    M: the key map, [D, C], per KV head; steps of the levels are folded into it
     y = s (128 high + low)     s = max|y| / 16256 per row, |high| <= 127, -64 <= low < 64
 
-Channels that no key page stores have zero columns in M.
+Channels that no key page stores have zero columns in M. A sketched query is sign(R q), one int8 row.
 """
 
 import triton
@@ -68,3 +68,64 @@ def prepare(
     start = QUERY_START + (program * ((C + PER - 1) // PER) + i) * ROWS + r
     tl.store(start, tl.floor(0.5 - sums).to(tl.int32), mask=i * PER < C)
     tl.store(QUERY_SCALE + program * ROWS + r, unit * factor)
+
+
+@triton.jit
+def sketch(
+    QUERIES,  # [B, HQ, S, D], any float
+    MAP,  # float32 [H, BITS, D], the projection
+    TEMPERATURE,  # float32 [HQ], or unused
+    QUERY,  # int8 [programs, ceil(BITS/32), 2*ROWS, 32], signs in rows 0-7 of every 16, zeros in 8-15
+    QUERY_SUM,  # float32 [programs, ROWS], of the signs
+    QUERY_SCALE,  # float32 [programs, ROWS]
+    used_rows,
+    query_b,
+    query_h,
+    query_s,
+    factor,  # softmax scale * log2 e, or log2 e alone
+    S: tl.constexpr,
+    H: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BITS: tl.constexpr,
+    COSINE: tl.constexpr,  # whether the scale has temperature and norm
+    D: tl.constexpr,
+    C: tl.constexpr,
+    DIMS: tl.constexpr,  # D and C, rounded up to powers of two
+    CHANNELS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One program: the signs of one query row, C bits at a time, placed as :func:`prepare` places bytes."""
+    program = tl.program_id(0)
+    r = tl.program_id(1)
+    head = program // BLOCKS
+    b, h = (head // H).to(tl.int64), head % H
+    row = (program % BLOCKS) * ROWS + r
+    heads = used_rows // S
+    d, c = tl.arange(0, DIMS), tl.arange(0, CHANNELS)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    at = b * query_b + (h * heads + row // S) * query_h + (row % S) * query_s
+    q = tl.load(QUERIES + at + d, mask=d < tl.where(row < used_rows, D, 0), other=0.0).to(tl.float32)
+    scale = factor
+    if COSINE:
+        tau = tl.load(TEMPERATURE + h * heads + row // S, mask=row < used_rows, other=0.0)
+        scale = factor * tau * tl.sqrt(tl.sum(q * q, 0))
+    GROUPS: tl.constexpr = (BITS + 31) // 32
+    total = 0
+    for first in tl.range(0, 32 * GROUPS, C):
+        bit = first + c
+        inside = (bit < BITS)[:, None] & (d < D)[None, :]
+        matrix = tl.load(MAP + (h * BITS + bit)[:, None] * D + d[None, :], mask=inside, other=0.0)
+        sign = tl.where(tl.sum(q[None, :] * matrix, 1) > 0, 1, -1)
+        sign = tl.where((bit < BITS) & (c < C), sign, 0)
+        total += tl.sum(sign, 0)
+        # channel 16h + 4q + e of a group lies at 8q + 4h + e
+        place = ((bit // 4) % 4) * 8 + (bit // 16 % 2) * 4 + bit % 4
+        to = QUERY + ((program.to(tl.int64) * GROUPS + bit // 32) * (2 * ROWS) + (r // 8) * 16 + r % 8) * 32 + place
+        mine = (c < C) & (bit < 32 * GROUPS)
+        tl.store(to, sign.to(tl.int8), mask=mine)
+        tl.store(to + 8 * 32, (sign * 0).to(tl.int8), mask=mine)
+    tl.store(QUERY_SUM + program * ROWS + r, total.to(tl.float32))
+    tl.store(QUERY_SCALE + program * ROWS + r, scale)

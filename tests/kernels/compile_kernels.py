@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from kvtool.kernels import decode, decode_affine, decode_gluon, encode, mean, merge, query
+from kvtool.kernels import decode, decode_affine, decode_gluon, decode_h1b, encode, mean, merge, query
 from kvtool.kernels.fragments import OFFSET
 
 TARGETS = {
@@ -28,7 +28,7 @@ POINTERS = {
     **dict.fromkeys(("QUERY",), "*i8"),
     **dict.fromkeys(("KINDS",), "*u8"),
     **dict.fromkeys(("KEY_SCALES", "VALUE_SCALES", "SCALES"), "*fp16"),
-    **dict.fromkeys(("KEY_STEPS", "KEY_MINIMA", "VALUE_STEPS", "VALUE_MINIMA"), "*fp16"),
+    **dict.fromkeys(("KEY_NORMS", "KEY_STEPS", "KEY_MINIMA", "VALUE_STEPS", "VALUE_MINIMA"), "*fp16"),
     **dict.fromkeys(("TABLES",), "*i32"),
     **dict.fromkeys(("BIAS",), "*i16"),
     **dict.fromkeys(
@@ -56,6 +56,12 @@ def jobs(target: str):
     loop = {"CAPPED": False, "STAGES": 3, "WARPS": 4, "ASM": nvidia}
     if target == "sm_90":
         yield "affine", decode_affine.decode, {**dims, **ranges, **loop, "D": 64, "GROUPS": 2}, {"num_warps": 4}
+    square |= {"BITS": 128, "COSINE": True}
+    yield "sketch", query.sketch, {**dims, **square, "S": 1}, {"num_warps": 8}
+    if target != "sm_80":
+        signs = {"BITS": 128, "KEY_GROUPS": 4, "VALUE_GROUPS": 4, "COSINE": True, "HELD": True, "BIASED": True}
+        codes = {"VALUE_WIDTH": 4, "VALUE_UNIT": decode_affine.UNIT[4], "VALUE_ZERO": 0, "PDL": hopper}
+        yield "h1b", decode_h1b.decode, {**dims, **loop, **signs, **codes}, {"num_warps": 4}
     widths = {"4": (four, four), "mixed": ((4, 2, 2, 1), (3, 2, 2, 2)), "1": ((1,) * 4, (1,) * 4)}
     for name, (keys, values) in (widths | {"gains": ((4, 2), (2, 1))}).items():
         common = {
@@ -91,7 +97,8 @@ def compiled(kernel, constants, options, target):
         for i, (name, kind) in enumerate(signature.items())
         if kind.startswith("*")
         or re.fullmatch(
-            r"(key|value|key_scale|value_scale|key_range|value_range|scales|words|x|query|map|matrix)_[bhprst]", name
+            r"(key|value|key_scale|value_scale|key_range|value_range|norm|scales|words|x|query|map|matrix)_[bhprst]",
+            name,
         )
     }
     source = GluonASTSource if kernel.is_gluon() else ASTSource
