@@ -1,11 +1,10 @@
 """Split-KV attention over sign sketches of keys and min-max values, plain Triton: decode.py with a cosine map.
 
-    n_t = (sum over the bits of s_q * 2 bit_t) - sum s_q      agreements minus disagreements, b of them, exact in int32
+    n_t = sum over the bits of s_q s_t                        agreements minus disagreements, b of them, exact in int32
     x_t = cap(c norm_t sin(pi/2 n_t / b) + bias_t)            c: temperature * query norm * softmax scale * log2 e
     o   = sum p_t (minimum_t + step_t code_t)                 as decode_affine.py, one range per token
 
-The sketched query has one row of signs, so the low half of every tile of 16 rows is zero. Bits are read in raw form:
-the byte of token t is 2^(t // 8) times its bit, which the scale of the token divides out.
+The sketched query has one row of signs, so the low half of every tile of 16 rows is zero.
 """
 
 import triton
@@ -13,7 +12,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kvtool.kernels.decode import _halves, _quad_sum, _scales, _weights
-from kvtool.kernels.fragments import RAW_KEYS, fragments, key_operand, load_table, load_unit, value_operand
+from kvtool.kernels.fragments import SIGNS, fragments, key_operand, load_table, load_unit, value_operand
 
 # sin(pi/2 a) = a (c0 + c1 a^2 + c2 a^4 + c3 a^6), off by at most 6e-7 for |a| <= 1
 C0, C1 = tl.constexpr(1.570791011), tl.constexpr(-0.6458928496)
@@ -22,8 +21,7 @@ C2, C3 = tl.constexpr(0.0794343447), tl.constexpr(-0.00433309534)
 
 @triton.jit(do_not_specialize=["splits"])
 def decode(
-    QUERY,  # int8 [programs, KEY_GROUPS, 2*ROWS, 32], signs in rows 0-7 of every 16, zeros in 8-15
-    QUERY_SUM,  # float32 [programs, ROWS], of the signs
+    QUERY,  # int8 [programs, KEY_GROUPS, ROWS, 32], signs
     QUERY_SCALE,  # float32 [programs, ROWS], the logit of a cosine of 1 with a key of norm 1, times log2 e
     KEY_PAGES,  # int32 words, page p of head h of sequence b at b*key_b + h*key_h + p*key_p
     VALUE_PAGES,
@@ -78,23 +76,17 @@ def decode(
     first, last = (split * pages) // splits, ((split + 1) * pages) // splits
     tables = load_table(TABLES, ASM)
     rows, token = tl.arange(0, ROWS), tl.arange(0, 64)
-    # twice the inverse of the weights of raw bits over b; slot 7 is the sign bit of its byte
-    weight = ((127 - token // 8) << 23).to(tl.float32, bitcast=True) * (2.0 / BITS)
-    weight = tl.where(token // 8 == 7, -weight, weight)[None, None, :]
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     scale = tl.load(QUERY_SCALE + program * ROWS + rows)[None, :, None]
-    start = tl.load(QUERY_SUM + program * ROWS + rows)[None, :, None] * (-1.0 / BITS)
     if BIASED:
         bias_unit = tl.load(BIAS_UNIT + program * ROWS + rows)[None, :, None]
-    query_at = QUERY + program.to(tl.int64) * KEY_GROUPS * (2 * ROWS * 32)
-    query_at += tl.arange(0, 2 * ROWS)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    query_at = QUERY + program.to(tl.int64) * KEY_GROUPS * (ROWS * 32) + rows[:, None] * 32 + tl.arange(0, 32)[None, :]
     queries = ()
     if HELD:
         for i in tl.static_range(KEY_GROUPS):
-            query = tl.load(query_at + i * (2 * ROWS * 32))
-            queries = queries + (query[None, :, :].broadcast_to(WARPS, 2 * ROWS, 32),)
+            queries = queries + (_operand(tl.load(query_at + i * (ROWS * 32)), WARPS, ROWS),)
 
     m = tl.full([WARPS, ROWS], -1e30, tl.float32)
     l = tl.zeros([WARPS, ROWS, 4], tl.float32)  # one partial sum a lane of the quad
@@ -123,16 +115,16 @@ def decode(
         if HELD:
             for i in tl.static_range(KEY_GROUPS):
                 words = load_unit(key_at + 64 * i, used, 1)
-                unit = key_operand(fragments(words, tables, 1, WARPS, ASM, RAW_KEYS), WARPS)
+                unit = key_operand(fragments(words, tables, 1, WARPS, ASM, SIGNS), WARPS)
                 score = tl.dot(queries[i], unit, score, out_dtype=tl.int32)
         else:
             for i in tl.range(0, KEY_GROUPS):
-                query = tl.load(query_at + i * (2 * ROWS * 32))[None, :, :].broadcast_to(WARPS, 2 * ROWS, 32)
+                query = _operand(tl.load(query_at + i * (ROWS * 32)), WARPS, ROWS)
                 words = load_unit(key_at + 64 * i, used, 1)
-                unit = key_operand(fragments(words, tables, 1, WARPS, ASM, RAW_KEYS), WARPS)
+                unit = key_operand(fragments(words, tables, 1, WARPS, ASM, SIGNS), WARPS)
                 score = tl.dot(query, unit, score, out_dtype=tl.int32)
         signs, _ = _halves(score, WARPS, ROWS, 64)
-        x = signs.to(tl.float32) * weight + start
+        x = signs.to(tl.float32) * (1.0 / (64 * BITS))
         if COSINE:
             norms = _scales(KEY_NORMS + b * norm_b + h * norm_h + where * norm_p, used, WARPS)
             x = _quarter_sine(x) * norms[:, None, :]
@@ -178,6 +170,13 @@ def decode(
         o = (tl.sum(out[i] * part[:, :, None], 0) + constant[:, None]) * inverse[:, None]
         tl.store(OUT + base[:, None] * (32 * VALUE_GROUPS) + 32 * i + tl.arange(0, 32)[None, :], o)
     tl.store(LSE + base, tl.where(sum_l > 0, top + tl.log2(sum_l), -1e30))
+
+
+@triton.jit
+def _operand(signs, W: tl.constexpr, ROWS: tl.constexpr):
+    """``signs`` [ROWS, 32] as operand A, int8 [W, 2*ROWS, 32]: rows 0-7 of every 16, the others are zero."""
+    x = tl.join(signs, signs * 0).reshape(ROWS // 8, 8, 32, 2).permute(0, 3, 1, 2).reshape(2 * ROWS, 32)
+    return x[None, :, :].broadcast_to(W, 2 * ROWS, 32)
 
 
 @triton.jit

@@ -14,14 +14,14 @@ Levels are bytes minus a constant, ``OFFSET[width]``:
 
 The grids are alike in size, so that groups of different widths can share one 16-bit query. Where all groups have one
 bit, it need not even be moved: in raw form the byte of slot s is 2^s times the bit (keys) or 4^(s >> 1) times (values),
-and whoever multiplies by a scale anyhow divides it out.
+and whoever multiplies by a scale anyhow divides it out. As signs a bit is -64 or 64, without an offset.
 """
 
 import triton
 import triton.language as tl
 
 OFFSET = {0: 0.0, 1: 32.0, 2: 0.0, 3: 0.0, 4: 63.5, 8: -0.5}
-RAW_KEYS, RAW_VALUES = tl.constexpr(1), tl.constexpr(2)
+RAW_KEYS, RAW_VALUES, SIGNS = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 TABLE_WORDS = 8  # words 0-3: 16 levels of 4 bits; 4-5: 8 levels of 3 bits; 6: 4 levels of 2 bits
 
 
@@ -95,7 +95,10 @@ def fragments(words, table, WIDTH: tl.constexpr, W: tl.constexpr, ASM: tl.conste
 
 @triton.jit
 def _bit(w, s: tl.constexpr, RAW: tl.constexpr):
-    if RAW:
+    if RAW == SIGNS:
+        x = w << (7 - s) if s < 7 else w
+        return (x & -0x7F7F7F80) ^ -0x3F3F3F40  # 0x80808080, 0xC0C0C0C0
+    elif RAW:
         BIT: tl.constexpr = (1 << s) * 0x01010101
         return w & (BIT if s < 7 else BIT - (1 << 32))
     elif s < 6:

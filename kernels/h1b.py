@@ -59,7 +59,7 @@ def attend(
     blocks = -(-used // rows)
     programs = B * H * blocks
     # programs of a multiprocessor at once: not measured, from what the compiler reports
-    resident = 3 if rows == 8 and groups + value_groups <= 8 else 2
+    resident, limit = (3, {"maxnreg": 168}) if rows == 8 and groups + value_groups <= 8 else (2, {})
     splits = launch.splits or max(1, min(resident * processors(device) // programs, -(-N // (2 * launch.warps))))
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -68,14 +68,13 @@ def attend(
     dims = {"H": H, "ROWS": rows, "BLOCKS": blocks}
     flag = {"PDL": launch.pdl}
     pdl = {"launch_pdl": True} if launch.pdl else {}
-    query = new(programs, groups, 2 * rows, 32, dtype=torch.int8)
-    query_sum, query_scale = new(programs, rows), new(programs, rows)
+    query = new(programs, groups, rows, 32, dtype=torch.int8)
+    query_scale = new(programs, rows)
     sketch[(programs, rows)](
         queries,
         layer["projection"],
-        layer["temperature"] if cosine else query_sum,
+        layer["temperature"] if cosine else query_scale,
         query,
-        query_sum,
         query_scale,
         used,
         *queries.stride()[:3],
@@ -93,15 +92,12 @@ def attend(
     bias = unit = query_scale
     if biased:
         rope = layer.rope if method.mean == "rotated" else None
-        found, one = mean_bias(queries, layer["key_mean"], rope, positions, scale)
-        ones = torch.ones(B, HQ, S, 1, device=device) if one is None else one[..., None]
-        bias, unit = (bias_rows(x, B, H, used, blocks * rows) for x in (found, LOG2E * ones))
+        bias, unit = bias_rows(*mean_bias(queries, layer["key_mean"], rope, positions, scale), H, blocks * rows)
     out, lse = new(programs, splits, rows, 32 * value_groups), new(programs, splits, rows)
     words = kv.key_pages.view(torch.int32), kv.value_pages.view(torch.int32)
     width = method.v_bits
     decode_h1b.decode[(programs, splits)](
         query,
-        query_sum,
         query_scale,
         *words,
         kv.key_norms,
@@ -131,6 +127,7 @@ def attend(
         WARPS=launch.warps,
         ASM=nvidia(device),
         num_warps=launch.warps,
+        **(limit if nvidia(device) else {}),
         **dims,
         **flag,
         **pdl,

@@ -190,11 +190,9 @@ def attend_packed(
     words = kv.key_pages.view(torch.int32), kv.value_pages.view(torch.int32)
     scales = [x.view(torch.int32) if gains else x for x in (kv.key_scales, kv.value_scales)]
     strides = [(0 if page_table is not None else x.stride(0), *x.stride()[1:3]) for x in (*words, *scales)]
-    rows_of_bias = query_scale if bias is None else bias_rows(bias, B, H, used_rows, blocks * ROWS)
-    units = query_scale
+    rows_of_bias = units = query_scale
     if bias is not None:
-        one = torch.ones(B, HQ, S, 1, device=device) if bias_unit is None else bias_unit[..., None]
-        units = LOG2E * bias_rows(one, B, H, used_rows, blocks * ROWS)
+        rows_of_bias, units = bias_rows(bias.expand(B, HQ, S, -1), bias_unit, H, blocks * ROWS)
     options: dict[str, Any] = {
         "KEY_GROUPS": groups,
         "VALUE_GROUPS": value_groups,
@@ -306,7 +304,13 @@ def _starts(widths: Sequence[int]) -> tuple[int, ...]:
     return tuple(64 * sum(widths[:i]) for i in range(len(widths)))  # words
 
 
-def bias_rows(bias: Tensor, B: int, H: int, used: int, rows: int) -> Tensor:
-    """Per-query ``bias`` [1 or B, HQ, S, T] as the decode reads it: [B, H, rows, T], unused rows 0."""
-    grouped = bias.expand(B, *bias.shape[1:]).reshape(B, H, used, -1)
-    return grouped.contiguous() if used == rows else F.pad(grouped, (0, 0, 0, rows - used))
+def bias_rows(bias: Tensor, unit: Tensor | None, kv_heads: int, rows: int) -> tuple[Tensor, Tensor]:
+    """As a decode reads them: ``bias`` [B, HQ, S, T], and what one of it is worth, ``unit`` [B, HQ, S], times log2 e.
+
+    Returns [B, H, rows, T] and [B, H, rows, 1]; rows of no query are 0.
+    """
+    one = bias.new_ones(*bias.shape[:3], dtype=torch.float32) if unit is None else unit
+    grouped = [x.reshape(x.shape[0], kv_heads, -1, x.shape[-1]) for x in (bias, LOG2E * one[..., None])]
+    unused = rows - grouped[0].shape[2]
+    padded = [F.pad(x, (0, 0, 0, unused)) if unused else x.contiguous() for x in grouped]
+    return padded[0], padded[1]

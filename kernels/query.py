@@ -75,8 +75,7 @@ def sketch(
     QUERIES,  # [B, HQ, S, D], any float
     MAP,  # float32 [H, BITS, D], the projection
     TEMPERATURE,  # float32 [HQ], or unused
-    QUERY,  # int8 [programs, ceil(BITS/32), 2*ROWS, 32], signs in rows 0-7 of every 16, zeros in 8-15
-    QUERY_SUM,  # float32 [programs, ROWS], of the signs
+    QUERY,  # int8 [programs, ceil(BITS/32), ROWS, 32], signs; 0 beyond BITS
     QUERY_SCALE,  # float32 [programs, ROWS]
     used_rows,
     query_b,
@@ -113,19 +112,14 @@ def sketch(
         tau = tl.load(TEMPERATURE + h * heads + row // S, mask=row < used_rows, other=0.0)
         scale = factor * tau * tl.sqrt(tl.sum(q * q, 0))
     GROUPS: tl.constexpr = (BITS + 31) // 32
-    total = 0
     for first in tl.range(0, 32 * GROUPS, C):
         bit = first + c
         inside = (bit < BITS)[:, None] & (d < D)[None, :]
         matrix = tl.load(MAP + (h * BITS + bit)[:, None] * D + d[None, :], mask=inside, other=0.0)
         sign = tl.where(tl.sum(q[None, :] * matrix, 1) > 0, 1, -1)
-        sign = tl.where((bit < BITS) & (c < C), sign, 0)
-        total += tl.sum(sign, 0)
+        sign = tl.where(bit < BITS, sign, 0)
         # channel 16h + 4q + e of a group lies at 8q + 4h + e
         place = ((bit // 4) % 4) * 8 + (bit // 16 % 2) * 4 + bit % 4
-        to = QUERY + ((program.to(tl.int64) * GROUPS + bit // 32) * (2 * ROWS) + (r // 8) * 16 + r % 8) * 32 + place
-        mine = (c < C) & (bit < 32 * GROUPS)
-        tl.store(to, sign.to(tl.int8), mask=mine)
-        tl.store(to + 8 * 32, (sign * 0).to(tl.int8), mask=mine)
-    tl.store(QUERY_SUM + program * ROWS + r, total.to(tl.float32))
+        to = QUERY + ((program.to(tl.int64) * GROUPS + bit // 32) * ROWS + r) * 32 + place
+        tl.store(to, sign.to(tl.int8), mask=(c < C) & (bit < 32 * GROUPS))
     tl.store(QUERY_SCALE + program * ROWS + r, scale)

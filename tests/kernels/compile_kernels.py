@@ -15,7 +15,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from kvtool.kernels import decode, decode_affine, decode_gluon, decode_h1b, encode, mean, merge, query
+from kvtool.kernels import (
+    decode,
+    decode_affine,
+    decode_gluon,
+    decode_h1b,
+    encode,
+    gather,
+    mean,
+    merge,
+    nucleus,
+    query,
+    sketch,
+)
 from kvtool.kernels.fragments import OFFSET
 
 TARGETS = {
@@ -24,18 +36,19 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 POINTERS = {
-    **dict.fromkeys(("QUERIES", "X"), "*bf16"),
+    **dict.fromkeys(("QUERIES", "X", "KEYS", "VALUES"), "*bf16"),
     **dict.fromkeys(("QUERY",), "*i8"),
     **dict.fromkeys(("KINDS",), "*u8"),
     **dict.fromkeys(("KEY_SCALES", "VALUE_SCALES", "SCALES"), "*fp16"),
     **dict.fromkeys(("KEY_NORMS", "KEY_STEPS", "KEY_MINIMA", "VALUE_STEPS", "VALUE_MINIMA"), "*fp16"),
-    **dict.fromkeys(("TABLES",), "*i32"),
+    **dict.fromkeys(("CODE_SCALES", "ESTIMATES", "TERMS"), "*fp16"),
+    **dict.fromkeys(("TABLES", "CODE_PAGES", "COUNTS", "LISTS", "NUMBER"), "*i32"),
     **dict.fromkeys(("BIAS",), "*i16"),
     **dict.fromkeys(
         ("QUERY_START", "KEY_PAGES", "VALUE_PAGES", "KEY_TABLE", "VALUE_TABLE", "PAGES", "PAGE_TABLE", "WORDS"), "*i32"
     ),
 }
-FLOATS = ("factor", "softcap", "step", "root")
+FLOATS = ("factor", "softcap", "step", "root", "spread", "share", "p")
 
 
 def jobs(target: str):
@@ -58,10 +71,12 @@ def jobs(target: str):
         yield "affine", decode_affine.decode, {**dims, **ranges, **loop, "D": 64, "GROUPS": 2}, {"num_warps": 4}
     square |= {"BITS": 128, "COSINE": True}
     yield "sketch", query.sketch, {**dims, **square, "S": 1}, {"num_warps": 8}
+    limit = {"maxnreg": 168} if nvidia else {}
     if target != "sm_80":
-        signs = {"BITS": 128, "KEY_GROUPS": 4, "VALUE_GROUPS": 4, "COSINE": True, "HELD": True, "BIASED": True}
+        signs = {"BITS": 128, "KEY_GROUPS": 4, "VALUE_GROUPS": 4, "COSINE": True, "HELD": True, "BIASED": False}
         codes = {"VALUE_WIDTH": 4, "VALUE_UNIT": decode_affine.UNIT[4], "VALUE_ZERO": 0, "PDL": hopper}
-        yield "h1b", decode_h1b.decode, {**dims, **loop, **signs, **codes}, {"num_warps": 4}
+        yield "h1b", decode_h1b.decode, {**dims, **loop, **signs, **codes}, {"num_warps": 4, **limit}
+    yield from top_p_jobs(dims | {"PDL": hopper}, square, target)
     widths = {"4": (four, four), "mixed": ((4, 2, 2, 1), (3, 2, 2, 2)), "1": ((1,) * 4, (1,) * 4)}
     for name, (keys, values) in (widths | {"gains": ((4, 2), (2, 1))}).items():
         common = {
@@ -74,11 +89,27 @@ def jobs(target: str):
             continue  # the code does not depend on the target, the compiler's time does
         if name != "1":
             plain = {"WARPS": 4, "ASM": nvidia, "GAINS": name == "gains", "KINDED": False}
-            limit = {"maxnreg": 168} if nvidia and name != "gains" else {}
-            yield f"decode {name}", decode.decode, {**common, **plain}, {"num_warps": 4, **limit}
+            few = {} if name == "gains" else limit
+            yield f"decode {name}", decode.decode, {**common, **plain}, {"num_warps": 4, **few}
         if nvidia and name != "gains":
             raw = {"RAW": max(keys) == 1, "ROWS": 4}
             yield f"decode_gluon {name}", decode_gluon.decode, {**common, **raw}, {"num_warps": 4}
+
+
+def top_p_jobs(dims, square, target):
+    """The kernels of rabitq's top-p mode."""
+    bits = {"S": 1, "BITS": 4, "BINS": nucleus.BINS.value, "CENTRED": True}
+    yield "rotate", sketch.prepare, {**dims, **square, **bits, "P": 128}, {"num_warps": 8}
+    flags = {"CAPPED": False, "STAGES": 3, "WARPS": 4, "ASM": target != "gfx942"}
+    for name, extra in (("score", False), ("score centred", True)):
+        centred = {"S": 1, "GROUPS": 4, "BIASED": extra, "CENTRED": extra}
+        yield name, sketch.score, {**dims, **flags, **centred}, {"num_warps": 4}
+    yield "count_likely", nucleus.count_likely, {**dims, "SCORE_SPLITS": 64, "BLOCK": 2048}, {"num_warps": 4}
+    rows = {"SCORE_SPLITS": 64, "SPLITS": 64, "USED": 4, "TILE": 64, "D": 128, "DIMS": 128}
+    lists = {"COUNT_SPLITS": 16, "S": 1, "BLOCK": 512, "CAPPED": False, "SAME": True}
+    for again in (False, True):
+        yield f"rescore {again}", gather.rescore, {**dims, **rows, **lists, "AGAIN": again}, {"num_warps": 4}
+    yield "read", gather.read, {**dims, **rows}, {"num_warps": 4}
 
 
 def starts(widths):
@@ -97,7 +128,8 @@ def compiled(kernel, constants, options, target):
         for i, (name, kind) in enumerate(signature.items())
         if kind.startswith("*")
         or re.fullmatch(
-            r"(key|value|key_scale|value_scale|key_range|value_range|norm|scales|words|x|query|map|matrix)_[bhprst]",
+            r"(key|value|key_scale|value_scale|key_range|value_range|norm|scales|words|x|query|map|matrix|page|scale)_[bhprst]"
+            "|T|room",
             name,
         )
     }
