@@ -19,8 +19,9 @@ from torch import Tensor
 
 # exp(-88) is the least normal float32: what lies further below the maximum has no mass
 _DEPTH = 88.0
-# halvings of that depth, to well below the resolution of a float32 logit
-_ROUNDS = 40
+# halvings of that depth, to below the resolution of a float32 logit
+_ROUNDS = 32
+_CACHED = 1 << 16  # logits that are halved at a time on a CPU: they stay in its cache
 _CAUTION = math.log(2)
 
 
@@ -44,14 +45,21 @@ def top_p(logits: Tensor, p: float, total: Tensor | None = None) -> Tensor:
 def _heaviest(logits: Tensor, need: Tensor) -> Tensor:
     """The smallest set whose sum of exp(logits - peak) reaches ``need`` [...]; everything visible if none does."""
     depth = logits - _peak(logits)[..., None]
-    weights, need = depth.exp(), need[..., None]
-    # the largest threshold whose set is heavy enough lies in [low, high)
+    rows, wanted = depth.flatten(0, -2), need.expand(logits.shape[:-1]).reshape(-1, 1)
+    step = max(1, _CACHED // max(1, rows.shape[1])) if rows.device.type == "cpu" else max(1, len(rows))
+    low = torch.cat([_threshold(rows[i : i + step], wanted[i : i + step]) for i in range(0, len(rows), step)])
+    return (logits > -torch.inf) & (depth >= low.reshape(*logits.shape[:-1], 1))
+
+
+def _threshold(depth: Tensor, need: Tensor) -> Tensor:
+    """The largest threshold [n, 1] whose set of ``depth`` [n, T] is heavy enough, by halving."""
+    weights = depth.exp()
     low, high = torch.full_like(need, -_DEPTH), torch.full_like(need, 1e-3)
     for _ in range(_ROUNDS):
         middle = (low + high) / 2
-        enough = torch.where(depth >= middle, weights, 0.0).sum(-1, keepdim=True) >= need
+        enough = (weights * (depth >= middle)).sum(-1, keepdim=True) >= need
         low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
-    return (logits > -torch.inf) & (depth >= low)
+    return low
 
 
 def _peak(logits: Tensor) -> Tensor:

@@ -1,11 +1,14 @@
 """verify-bound from the command line: certificates are written, run again bit for bit, and refuse changed inputs."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from kvtool import home
+from kvtool.capture import record
 from kvtool.cli import main
 
 RABITQ = ["--rotations", "8", "--keys", "64", "--queries", "16", "--delta", "0.2"]
@@ -120,6 +123,53 @@ def test_top_p_readers_are_compared_at_equal_bytes(artifact: Path, capsys) -> No
         assert rows[p, "quest"]["bytes"] <= spent + 4 * 16 * 2 * 32 * 4
         assert all(rows[p, reader]["bounded"] for reader in ("rescored", "estimate", "top-k", "quest", "oracle"))
     assert rows[0.9, "rescored"]["output_error"] < rows[0.5, "rescored"]["output_error"]
+
+
+def test_top_p_reading_is_measured_on_another_text(artifact: Path, tiny_model, tiny_capture, tmp_path, capsys) -> None:  # type: ignore[no-untyped-def]
+    """What was fitted to one text, centres of keys and queries, is read by on another, of another length."""
+    other = record(tiny_model, tmp_path / "other", text="Z9 " * 1000, context=320, samples=1, dtype="float32")
+    masses = []
+    for capture in (tiny_capture, other):
+        capsys.readouterr()
+        assert verify(artifact, "--capture", capture.path, "--top-p", ".9", "--json") == 0
+        rows = {r["reader"]: r for r in map(json.loads, capsys.readouterr().out.splitlines())}
+        assert rows["rescored"]["mass"] >= 0.9
+        assert all(row["bounded"] for row in rows.values())
+        masses.append((rows["rescored"]["context"], rows["oracle"]["mass"]))
+    assert masses[0][0] == 128 < masses[1][0] == 256
+    assert masses[0][1] != masses[1][1]
+
+
+_PEAK = """
+import resource, torch
+from kvtool.bounds.sparsity import compare
+from kvtool.calibration import Calibration
+from kvtool.capture import LayerSample
+from kvtool.methods.rabitq import RaBitQ
+from kvtool.shapes import CacheShape, LayerKind, LayerShape
+
+T = 16384
+layer = LayerShape(kind=LayerKind.FULL, num_heads=3, num_kv_heads=1, head_dim=64, scale=0.125)
+keys, values, queries = (torch.randn(n, T, 64) for n in (1, 1, 3))
+at = torch.arange(T)
+
+class Text:
+    shape, layers = CacheShape(layers=(layer,)), [0]
+    samples = staticmethod(lambda index: iter([LayerSample(0, 0, layer, None, keys, values, at, queries, at)]))
+
+method = RaBitQ(mode="topp")
+calibration = Calibration(method, Text.shape, method.fit(Text))
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+assert all(reading.bounded for reading in compare(calibration, Text, [0.9]))
+print((peak() - before) // 1024)
+"""
+
+
+def test_top_p_reading_of_a_long_text_needs_little_memory() -> None:
+    found = subprocess.run([sys.executable, "-c", _PEAK], capture_output=True, text=True, check=True)
+    # logits of 48 queries are 3 MiB, of which two dozen live at once; a vector for each of them would be 192
+    assert int(found.stdout) < 120
 
 
 def test_top_p_needs_a_sketch(tiny_capture, capsys) -> None:  # type: ignore[no-untyped-def]

@@ -213,7 +213,7 @@ def _measure(scene: _Scene, mask: _Mask, p: float) -> _Layer:
     inside = attention.from_logits(scene.exact, values)
     share = sparse.mass(scene.exact, mask.kept)
     out = part.out.unflatten(1, scene.exact.shape[1:3])  # [1, H, G, S, D]
-    bound = sparse.output_bound(1 - share, values[:, :, None, None], mask.kept, out)
+    bound = sparse.output_bound(1 - share, values[:, :, None], mask.kept, out)
     missed = (out - inside.out.unflatten(1, scene.exact.shape[1:3])).norm(dim=-1)
     found = attention.merge(scene.outside, part).out
     return _Layer(
