@@ -8,7 +8,6 @@ from torch import Tensor
 from kvtool import packing
 from kvtool.attention import Attended, attend, logits
 from kvtool.kernels.packed import Codec, Packed
-from kvtool.transform.code import unpack_gains
 
 
 def reference(
@@ -46,6 +45,6 @@ def _decoded(codes: Tensor, scales: Tensor, levels: Mapping[int, Tensor], widths
     ]
     decoded = torch.cat(parts, -1)
     if scales.dtype == torch.uint8:
-        gains = torch.exp2(unpack_gains(scales, len(widths)).double() / 2)  # [B, H, groups, T]
+        gains = torch.exp2(packing.unpack_nibbles(scales, len(widths)).double() / 2)  # [B, H, groups, T]
         return decoded * gains.mT.repeat_interleave(packing.GROUP, -1)
     return decoded * packing.unpack_tokens(scales).double()[..., None]

@@ -89,6 +89,19 @@ def unpack_tokens(pages: Tensor) -> Tensor:
     return pages.unflatten(-1, (4, 8, 2)).transpose(-3, -2).flatten(-4)
 
 
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """Codes of 4 bits, n per token, [..., n, T], to [..., T/64, 32 n]: two tokens a byte, in the order of pack_tokens."""
+    pages = pack_tokens(codes).movedim(-3, -2)  # [..., N, n, 64]
+    return (pages[..., 0::2] | (pages[..., 1::2] << 4)).flatten(-2)
+
+
+def unpack_nibbles(pages: Tensor, n: int) -> Tensor:
+    """The inverse of :func:`pack_nibbles`: [..., n, T]."""
+    packed = pages.unflatten(-1, (n, PAGE // 2))
+    both = torch.stack([packed & 15, packed >> 4], -1).flatten(-2)  # [..., N, n, 64]
+    return unpack_tokens(both.movedim(-2, -3))
+
+
 _Entry = tuple[int, int, int, int]  # take, right, mask, left
 
 

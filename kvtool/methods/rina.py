@@ -11,7 +11,7 @@ docs/methods/rina.md says what was claimed and what was measured. What is kept h
     values:  u_t = v_t + beta e_{t-1},  e_t = clip(u_t - u'_t)      feedback within a page of 64 tokens
     logits:  l_t + kappa/2 * scale^2 * sum_s ||q_s||^2 noise_{s,t}   the bias of exp under the noise of token t
 
-``n`` is the token's norm over sqrt(D), coded logarithmically in 8 bits. Of every page, the ``extra`` keys whose noise
+``n`` is the token's norm over sqrt(D), a float of 8 bits. Of every page, the ``extra`` keys whose noise
 does most damage have one more stage.
 """
 
@@ -44,8 +44,8 @@ class RINAKV(NamedTuple):
     """N pages of 64 tokens.
 
     key_pages, value_pages: uint8 [B, H, N, J * page bytes], the stages' bits as 1-bit pages one after the other.
-    key_norms, value_norms: uint8 [B, H, N, 64], logarithmic, in the order of ``packing.pack_tokens``.
-    key_halves, value_halves: uint8 [B, H, N, 32 m J], 4-bit logarithmic level distances.
+    key_norms, value_norms: uint8 [B, H, N, 64], small floats, in the order of ``packing.pack_tokens``.
+    key_halves, value_halves: uint8 [B, H, N, 32 J m], level distances of 4 bits, in the order of ``packing.pack_nibbles``.
     extra_index: uint8 [B, H, N, n], the tokens of the page whose keys have one more stage; then their bits
     extra_bits: uint8 [B, H, N, n, D/8] and level distances extra_halves: uint8 [B, H, N, n, m].
     """
@@ -147,10 +147,10 @@ class RINA(Method):
         return RINAKV(
             _pack_stages(key.bits, packing.pack_keys),
             packing.pack_tokens(k_norm),
-            _pack_halves(key.half_codes),
+            code.pack_halves(key.half_codes),
             _pack_stages(value_bits, packing.pack_values),
             packing.pack_tokens(v_norm),
-            _pack_halves(value_halves),
+            code.pack_halves(value_halves),
             *extra,
         ), None
 
@@ -162,7 +162,7 @@ class RINA(Method):
         k, _ = self._keys(kv, layer)
         D = layer.shape.head_dim
         bits = _unpack_stages(kv.value_pages, self.v_stages, D, packing.unpack_values)
-        halves = _unpack_halves(kv.value_halves, self._spaces(D), self.v_stages)
+        halves = code.unpack_halves(kv.value_halves, self._spaces(D), self.v_stages)
         unit = code.decode_norm(packing.unpack_tokens(kv.value_norms)) / math.sqrt(D)
         v = code.decode(bits, halves, _stages(layer, "value", self.v_stages)) * unit[..., None]
         keys = rotation.unrotate(k, layer["key_rotation"]) + self.centre(layer, positions)
@@ -196,7 +196,7 @@ class RINA(Method):
         D = layer.shape.head_dim
         m = self._spaces(D)
         stages = _stages(layer, "key", self.k_stages)
-        halves = _unpack_halves(kv.key_halves, m, self.k_stages)
+        halves = code.unpack_halves(kv.key_halves, m, self.k_stages)
         unit = code.decode_norm(packing.unpack_tokens(kv.key_norms)) / math.sqrt(D)  # [B, H, T]
         y = code.decode(_unpack_stages(kv.key_pages, self.k_stages, D, packing.unpack_keys), halves, stages)
         noise = layer["key_noise"][:, None, :, self.k_stages - 1].expand(*y.shape[:-1], m)
@@ -352,15 +352,6 @@ def _unpack_stages(
 ) -> Tensor:
     widths = [1] * packing.groups(head_dim)
     return torch.stack([unpack(stage, widths, head_dim) for stage in pages.chunk(count, -1)])
-
-
-def _pack_halves(codes: Tensor) -> Tensor:
-    """Half codes [B, H, T, m, J] to bytes [B, H, N, 32 m J]."""
-    return code.pack_nibbles(codes.unflatten(2, (-1, packing.PAGE)).flatten(3))
-
-
-def _unpack_halves(packed: Tensor, spaces: int, stages: int) -> Tensor:
-    return code.unpack_nibbles(packed).unflatten(-1, (packing.PAGE, spaces, stages)).flatten(2, 3)
 
 
 _TINY = 1e-30

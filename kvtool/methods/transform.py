@@ -84,9 +84,9 @@ class Transform(Method):
         return (
             TransformKV(
                 packing.pack_keys(key.codes, widths(layer, "key")),
-                chain.pack_gains(key.gains),
+                packing.pack_nibbles(key.gains),
                 packing.pack_values(value.codes, widths(layer, "value")),
-                chain.pack_gains(value.gains),
+                packing.pack_nibbles(value.gains),
                 key_outside.to(torch.uint8) | (value_outside.to(torch.uint8) << 1),
             ),
             None,
@@ -223,7 +223,7 @@ def maps(layer: LayerCalibration, side: str) -> Tensor:
 
 def _decode(codes: Tensor, gains: Tensor, outside: Tensor, layer: LayerCalibration, side: str) -> Tensor:
     code = code_of(layer, side)
-    coded = Coded(codes, chain.unpack_gains(gains, len(code.widths)), codes.new_empty(0))
+    coded = Coded(codes, packing.unpack_nibbles(gains, len(code.widths)), codes.new_empty(0))
     x = chain.features(coded, code) @ maps(layer, side)
     if outside.any():
         other = plain_code(layer, side)

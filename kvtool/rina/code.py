@@ -1,6 +1,10 @@
-"""The codec of RINA: logarithmic norms, recursive one-bit stages over sub-spaces, error feedback along a page.
+"""The codec of RINA: norms, recursive one-bit stages over sub-spaces, error feedback along a page.
 
 Everything here is per vector and free of fitted state but for what is passed in; ``rina.py`` has the method.
+Norms and level distances are small unsigned floats, so that a kernel reads one by shifting it into place:
+
+    norm    8 bits, 5 of exponent and 3 of mantissa, subnormals included
+    half    4 bits, 2 and 2: (1 + (c & 3)/4) 2^(c >> 2), in units of a sixth of the fitted one, which has code 10
 """
 
 from typing import NamedTuple
@@ -8,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-NORM_STEPS = 8  # per octave: a norm is off by at most 4.4 %
-_NORM_ZERO = 128  # the code of norm 1
-HALF_STEPS = 4  # per octave
-_HALF_ZERO = 8
+from kvtool.packing import pack_nibbles, unpack_nibbles
+
+NORM_UNIT = 2.0**112  # between exponents of 5 bits and those of float32
+HALF_UNIT = 6.0
 
 
 class Stages(NamedTuple):
@@ -33,26 +37,28 @@ class Coded(NamedTuple):
 
 
 def encode_norm(norm: Tensor) -> Tensor:
-    """Codes uint8 of positive norms; 0 stands for zero. 2^-15.8 to 2^15.9."""
-    code = (norm.float().clamp_min(1e-30).log2() * NORM_STEPS + _NORM_ZERO).round().clamp(1, 255)
-    return torch.where(norm > 0, code, torch.zeros_like(code)).to(torch.uint8)
+    """Codes uint8 of norms from 2^-17 to 2^16.9; 0 stands for zero. Off by at most a seventeenth from 2^-14 on."""
+    bits = (norm.float() / NORM_UNIT).view(torch.int32)
+    return ((bits + (1 << 19)) >> 20).clamp(0, 255).to(torch.uint8)
 
 
 def decode_norm(code: Tensor) -> Tensor:
     """The inverse of :func:`encode_norm`, float32."""
-    return torch.where(code > 0, ((code.float() - _NORM_ZERO) / NORM_STEPS).exp2(), 0.0)
+    return (code.to(torch.int32) << 20).view(torch.float32) * NORM_UNIT
 
 
 def encode(x: Tensor, stages: Stages) -> Coded:
     """One-bit stages of ``x`` [..., H, T, D], already divided by norm / sqrt(D)."""
     m, J = stages.mids.shape[1:]
+    levels = _level(torch.arange(16, device=x.device))
+    middles = (levels[1:] + levels[:-1]) / 2
     r = x.unflatten(-1, (m, -1))  # [..., H, T, m, s]
     bits, codes = [], []
     for j in range(J):
         mid, fitted = (field[:, None, :, j, None] for field in stages)  # [H, 1, m, 1]
         centred = r - mid
         best = centred.abs().mean(-1, keepdim=True)  # the half distance of least error, given the threshold
-        code = ((best / fitted).clamp_min(1e-6).log2() * HALF_STEPS + _HALF_ZERO).round().clamp(0, 15)
+        code = torch.bucketize(best / fitted * HALF_UNIT, middles)
         sign = torch.where(centred > 0, 1.0, -1.0)
         r = centred - sign * _half(code, fitted)
         bits.append((sign > 0).to(torch.uint8).flatten(-2))
@@ -118,15 +124,21 @@ def feedback(x: Tensor, beta: Tensor, norms: Tensor, stages: Stages) -> tuple[Te
     return coded.decoded * norms[..., None], coded
 
 
-def pack_nibbles(codes: Tensor) -> Tensor:
-    """4-bit codes [..., 2n] to bytes [..., n]."""
-    return codes[..., ::2] | codes[..., 1::2] << 4
+def pack_halves(codes: Tensor) -> Tensor:
+    """Codes [..., T, m, J] to bytes [..., N, 32 J m]: for every stage and sub-space, two tokens a byte, in page order."""
+    return pack_nibbles(codes.movedim(-3, -1).transpose(-3, -2).flatten(-3, -2))
 
 
-def unpack_nibbles(packed: Tensor) -> Tensor:
-    """The inverse of :func:`pack_nibbles`."""
-    return torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
+def unpack_halves(packed: Tensor, spaces: int, stages: int) -> Tensor:
+    """The inverse of :func:`pack_halves`."""
+    codes = unpack_nibbles(packed, stages * spaces).unflatten(-2, (stages, spaces))
+    return codes.transpose(-3, -2).movedim(-1, -3)
 
 
 def _half(code: Tensor, fitted: Tensor) -> Tensor:
-    return fitted * ((code.float() - _HALF_ZERO) / HALF_STEPS).exp2()
+    return fitted / HALF_UNIT * _level(code)
+
+
+def _level(code: Tensor) -> Tensor:
+    code = code.to(torch.int32)
+    return torch.ldexp(1 + (code & 3) / 4, code >> 2)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from kvtool import codebooks, rotation
-from kvtool.packing import GROUP, pack_tokens, unpack_tokens
+from kvtool.packing import GROUP
 
 GAIN_CODES = 16  # 4 bits
 GAIN_STEP = 0.5  # octaves
@@ -171,16 +171,3 @@ def pick(variance: Tensor, widths: Sequence[int]) -> tuple[Tensor, Tensor, Tenso
         empty = torch.zeros(H, 0, GROUP)
         return empty.long(), empty, left.sum(-1)
     return torch.stack(order, 1), torch.stack(deviation, 1).float(), left.sum(-1)
-
-
-def pack_gains(gains: Tensor) -> Tensor:
-    """Gain codes [..., S, T] to [..., T/64, 32 S], two tokens a byte, in the order of ``packing.pack_tokens``."""
-    pages = pack_tokens(gains).movedim(-3, -2)  # [..., N, S, 64]
-    return (pages[..., 0::2] | (pages[..., 1::2] << 4)).flatten(-2)
-
-
-def unpack_gains(pages: Tensor, stages: int) -> Tensor:
-    """The inverse of :func:`pack_gains`."""
-    nibbles = pages.unflatten(-1, (stages, GROUP))
-    both = torch.stack([nibbles & 15, nibbles >> 4], -1).flatten(-2)  # [..., N, S, 64]
-    return unpack_tokens(both.movedim(-2, -3))

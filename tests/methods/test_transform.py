@@ -121,8 +121,8 @@ def test_refining_some_coefficients_beats_one_width_for_all():
 
 def test_gains_lie_in_the_order_of_the_score_registers():
     gains = torch.randint(0, 16, (2, 3, 128), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    packed = chain.pack_gains(gains)  # [2, N, 3 * 32]
-    assert torch.equal(chain.unpack_gains(packed, 3), gains)
+    packed = packing.pack_nibbles(gains)  # [2, N, 3 * 32]
+    assert torch.equal(packing.unpack_nibbles(packed, 3), gains)
     page = packing.pack_tokens(gains[0, 1])[1]
     assert torch.equal(packed[0, 1, 32:64], page[0::2] | (page[1::2] << 4))
 
@@ -170,7 +170,7 @@ def test_maps_fold_into_the_query_and_the_output():
     sample, kv, read = through(method, layer, made)
     code = sum(widths(layer, "key")) and widths(layer, "key")
     codes = packing.unpack_keys(kv.key_pages, code, 32 * len(code))
-    gains = chain.unpack_gains(kv.key_gains, len(code))
+    gains = packing.unpack_nibbles(kv.key_gains, len(code))
     base = layer["key_gain_base"]
     queries = sample.queries[:2].double()  # one of each KV head would do; these are of head 0
     mean = read.keys[0, 0].double() * 0
