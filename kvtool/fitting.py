@@ -24,7 +24,6 @@ from kvtool.models import LoadedModel, load_model
 from kvtool.packing import PAGE
 
 QUERY_BLOCK = 32  # queries whose errors count as one observation: neighbours are alike
-QUERIES = 512  # of each sample, at most
 LAST_QUERIES = 32  # handed to methods that look at attention, as the runtime does
 
 
@@ -211,7 +210,7 @@ def _sample_errors(sample: LayerSample, capture: Capture, candidates: Sequence[C
     assert sample.queries is not None
     assert sample.query_positions is not None
     asked = sample.query_positions >= (stop if pages > 1 else start)
-    queries = sample.queries[None, :, asked].float()[:, :, -QUERIES:]
+    queries = sample.queries[None, :, asked].float()[:, :, -candidates[0].method.judged_by :]
     if not pages or not queries.shape[2]:
         return torch.empty(len(candidates), 0)
     keys, values = sample.keys[None].float(), sample.values[None].float()

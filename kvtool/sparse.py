@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kvtool import scores
+
 # exp(-88) is the least normal float32: what lies further below the maximum has no mass
 _DEPTH = 88.0
 # halvings of that depth, to below the resolution of a float32 logit
@@ -45,7 +47,7 @@ def top_p(logits: Tensor, p: float, total: Tensor | None = None) -> Tensor:
 def _heaviest(logits: Tensor, need: Tensor) -> Tensor:
     """The smallest set whose sum of exp(logits - peak) reaches ``need`` [...]; everything visible if none does."""
     depth = logits - _peak(logits)[..., None]
-    rows, wanted = depth.flatten(0, -2), need.expand(logits.shape[:-1]).reshape(-1, 1)
+    rows, wanted = depth.reshape(-1, depth.shape[-1]), need.expand(logits.shape[:-1]).reshape(-1, 1)
     step = max(1, _CACHED // max(1, rows.shape[1])) if rows.device.type == "cpu" else max(1, len(rows))
     low = torch.cat([_threshold(rows[i : i + step], wanted[i : i + step]) for i in range(0, len(rows), step)])
     return (logits > -torch.inf) & (depth >= low.reshape(*logits.shape[:-1], 1))
@@ -106,14 +108,12 @@ def mass(logits: Tensor, kept: Tensor) -> Tensor:
 
 
 def output_bound(missing: Tensor, values: Tensor, kept: Tensor, out: Tensor) -> Tensor:
-    """An upper bound of ||o - o_kept||, [...]: the missing mass times the farthest value that was left out.
+    """An upper bound of ||o - o_kept||, [..., S]: the missing mass times the farthest value that was left out.
 
-    o = (1 - m) o_kept + m o_rest, and o_rest is a mean of the rest. missing: [...]; values: [..., T, D]; kept:
-    [..., T]; out: o_kept [..., D].
+    o = (1 - m) o_kept + m o_rest, and o_rest is a mean of the rest. missing: [..., S]; values: [..., T, D]; kept:
+    [..., S, T]; out: o_kept [..., S, D].
     """
-    # ||v - o||^2 by its parts: no [..., T, D] of differences
-    distance = values.square().sum(-1) - 2 * (values @ out[..., None]).squeeze(-1) + out.square().sum(-1, keepdim=True)
-    farthest = torch.where(kept, 0.0, distance.clamp_min(0.0)).amax(-1).sqrt()
+    farthest = torch.where(kept, 0.0, scores.apart(out, values)).amax(-1).sqrt()
     return missing * farthest
 
 

@@ -97,6 +97,11 @@ class Method(ABC):
         """How many of a prompt's last queries :meth:`compress` looks at; serving may hand over more."""
         return LOOKS_BACK
 
+    @property
+    def judged_by(self) -> int:
+        """How many of the last queries of a held-out text judge a fit; fewer for a method whose reading is slow."""
+        return 512
+
     def schema(self, shape: CacheShape) -> dict[str, TensorSpec]:
         """The tensors of an artifact: ``layers.<i>.<field>``, or ``<field>`` when layers share it."""
         return {

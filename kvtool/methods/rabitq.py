@@ -98,6 +98,11 @@ class RaBitQ(Method):
     query_bits: int = Field(4, ge=0, le=8, description="topp: bits of the query in the estimate; 0: as it is")
     seed: int = Field(0, ge=0, description="of the random rotations")
 
+    @property
+    def judged_by(self) -> int:
+        # each of them makes three selections by halving
+        return 128 if self.mode == "topp" else super().judged_by
+
     def data_free(self) -> Self | None:
         free = replace(self, mean="none", query_mean=False)
         return None if free == self else free
