@@ -5,6 +5,7 @@
     tova        attention of the last query, one score for all heads (arXiv 2401.06104)
     expected    attention that a Gaussian of queries at the next 512 positions expects, times ||v|| (kvpress 0.5.5):
                 E exp(q.k s) = exp(s k.mu + s^2 k^T Sigma k / 2)
+    h2o         attention of all queries so far, summed; half of what is kept are the newest tokens (arXiv 2306.14048)
     streaming   the most recent tokens (arXiv 2309.17453)
 
 Kept tokens stay in 16 bits at their own positions. Sinks and window are exact outside, as for every method. Of tokens
@@ -27,6 +28,7 @@ from kvtool.shapes import LayerShape, TensorSpec
 if TYPE_CHECKING:
     from kvtool.capture import Capture
 
+_WEIGHTS = 1 << 26  # attention weights held at a time: 256 MiB
 _BETA = 20  # PyramidKV: the topmost layer keeps 1/20 of the mean
 
 
@@ -56,7 +58,7 @@ class Eviction(Method):
     summary: ClassVar[str] = "keeps some tokens in 16 bits and drops the others: SnapKV and its relatives"
     block: ClassVar[int | None] = None
 
-    policy: Literal["snapkv", "pyramidkv", "tova", "expected", "streaming"] = Field(
+    policy: Literal["snapkv", "pyramidkv", "tova", "expected", "h2o", "streaming"] = Field(
         "snapkv", description="how tokens are scored"
     )
     budget: str = Field("12.5%", description="share of the tokens between sinks and window that is kept")
@@ -71,7 +73,7 @@ class Eviction(Method):
 
     @property
     def looks_back(self) -> int:
-        return WHOLE_PROMPT if self.policy == "expected" else max(LOOKS_BACK, self.window)
+        return WHOLE_PROMPT if self.policy in ("expected", "h2o") else max(LOOKS_BACK, self.window)
 
     def layer_schema(self, shape: LayerShape) -> dict[str, TensorSpec]:
         return {"fraction": TensorSpec("float32", ())}
@@ -97,7 +99,8 @@ class Eviction(Method):
         if queries is None:
             nothing = owed.new_zeros(len(keys), 0)
             return Seen(owed, recent, nothing, nothing)
-        queries = queries[:, :, -min(self._looked(), max(1, keys.shape[2] - sinks)) :]
+        if self.policy != "h2o":
+            queries = queries[:, :, -min(self._looked(), max(1, keys.shape[2] - sinks)) :]
         rest = scores.around(queries, keys, values, layer.shape, sinks=sinks)
         return Seen(owed, recent, rest.out, rest.lse)
 
@@ -114,7 +117,10 @@ class Eviction(Method):
         T = keys.shape[2]
         wanted = float(layer["fraction"]) * T + (0.0 if carry is None else float(carry.owed.max()))
         kept = min(T, int(wanted + 1e-6))
-        chosen = self.score(keys, values, layer, positions, queries, carry).topk(kept, -1).indices.sort(-1).values
+        score = self.score(keys, values, layer, positions, queries, carry)
+        if self.policy == "h2o":
+            score = score.masked_fill(torch.arange(T, device=keys.device) >= T - (kept - kept // 2), torch.inf)
+        chosen = score.topk(kept, -1).indices.sort(-1).values
         at = chosen[..., None].expand(-1, -1, -1, keys.shape[-1])
         half = keys.dtype if keys.element_size() == 2 else torch.float16
         owed = torch.full((len(keys),), wanted - kept, device=keys.device)
@@ -142,6 +148,8 @@ class Eviction(Method):
             seen = scores.expect(queries, keys, values, scale=layer.shape.scale, rope=layer.rope, end=end)
             return scores.mass(seen) * values.float().norm(dim=-1)
         rest = None if carry is None or carry.lse.numel() == 0 else Attended(carry.out, carry.lse)
+        if self.policy == "h2o":
+            return _accumulated(queries, keys, values, layer, rest, 0 if carry is None else int(carry.recent.max()))
         queries = queries[:, :, -(self._looked() if rest is None else rest.lse.shape[-1]) :]
         seen = scores.observe(queries, keys, values, rest, scale=layer.shape.scale, softcap=layer.shape.softcap)
         if self.policy == "tova":
@@ -150,6 +158,23 @@ class Eviction(Method):
 
     def _looked(self) -> int:
         return 1 if self.policy == "tova" else self.window
+
+
+def _accumulated(
+    queries: Tensor, keys: Tensor, values: Tensor, layer: LayerCalibration, rest: Attended | None, recent: int
+) -> Tensor:
+    """The attention [B, H, T] that each token had from all queries after it; ``recent`` tokens are newer than these."""
+    B, HQ, S = queries.shape[:3]
+    ago = (torch.arange(S - 1, -1, -1, device=keys.device) - recent).clamp(min=0)
+    total = keys.new_zeros(keys.shape[:3], dtype=torch.float32)
+    step = max(1, _WEIGHTS // (B * HQ * keys.shape[2]))
+    for first in range(0, S, step):
+        part = slice(first, first + step)
+        known = None if rest is None else Attended(rest.out[:, :, part], rest.lse[:, :, part])
+        scale, softcap = layer.shape.scale, layer.shape.softcap
+        seen = scores.observe(queries[:, :, part], keys, values, known, scale=scale, softcap=softcap, ago=ago[part])
+        total += seen.weights.sum(3).mean(2)
+    return total
 
 
 def pyramid(share: float, layers: int) -> list[float]:

@@ -10,7 +10,7 @@ from kvtool.methods.base import LayerCalibration, nbytes
 from kvtool.methods.eviction import Eviction, pyramid
 from kvtool.shapes import LayerKind, LayerShape, Rope
 
-POLICIES = ("snapkv", "pyramidkv", "tova", "expected", "streaming")
+POLICIES = ("snapkv", "pyramidkv", "tova", "expected", "h2o", "streaming")
 SHAPE = LayerShape(kind=LayerKind.FULL, num_heads=6, num_kv_heads=2, head_dim=16, scale=0.25, rope=0)
 ROPE = Rope(inv_freq=tuple(1e4 ** (-2 * i / 16) for i in range(8)))
 
@@ -50,7 +50,7 @@ def test_everything_kept_is_exact_attention():
         assert torch.allclose(found.out, attention.attend(queries, keys, values, scale=0.25).out, atol=1e-5)
 
 
-@pytest.mark.parametrize("policy", ["snapkv", "pyramidkv", "tova", "expected"])
+@pytest.mark.parametrize("policy", ["snapkv", "pyramidkv", "tova", "expected", "h2o"])
 def test_a_token_that_is_attended_is_kept(policy):
     """Queries that all point at one key: every scorer but recency must keep it."""
     queries, keys, values = random(seed=1)
@@ -69,6 +69,30 @@ def test_streaming_keeps_the_newest():
         keys, values, layer(0.1), positions=torch.arange(200), queries=queries
     )
     assert torch.equal(kv.keys, keys[:, :, -20:].half())
+
+
+def test_h2o_keeps_the_heaviest_of_causal_attention_and_the_newest(monkeypatch):
+    """Against the definition: a causal softmax over the whole prompt, summed over every query, half of the budget."""
+    g = torch.Generator().manual_seed(2)
+    queries, keys, values = (torch.randn(1, h, 100, 16, generator=g) for h in (6, 2, 2))
+    weights = (queries.reshape(1, 2, 3, 100, 16) @ keys[:, :, None].mT * 0.25).masked_fill(
+        torch.ones(100, 100, dtype=torch.bool).triu(1), -torch.inf
+    )
+    total = weights.softmax(-1).sum(-2).mean(2)[..., 4:84]  # 4 sinks and a window of 16 stay exact
+    method, inner, outer = Eviction(policy="h2o"), slice(4, 84), [*range(4), *range(84, 100)]
+    monkeypatch.setattr("kvtool.methods.eviction._WEIGHTS", 6 * 80 * 7)  # seven queries at a time
+    carry = method.begin(queries, keys[:, :, outer], values[:, :, outer], layer(0.25), sinks=4)
+    at = torch.arange(4, 84)
+    # the first queries come before some sinks, which they see here: a hundredth of their weights
+    score = method.score(keys[:, :, inner], values[:, :, inner], layer(0.25), at, queries, carry)
+    assert torch.allclose(score, total, rtol=0.01)
+    kv, _ = method.compress(
+        keys[:, :, inner], values[:, :, inner], layer(0.25), positions=at, queries=queries, carry=carry
+    )
+    heavy = total[..., :70].topk(10, -1).indices.sort(-1).values  # 20 are kept: 10 heavy, 10 recent
+    for h in range(2):
+        kept = [*(heavy[0, h] + 4).tolist(), *range(74, 84)]
+        assert torch.equal(kv.keys[0, h], keys[0, h, kept].half())
 
 
 def test_blocks_that_come_later_keep_their_share_in_the_long_run():

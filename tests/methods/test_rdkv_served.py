@@ -42,7 +42,7 @@ def test_generation_keeps_within_the_budget_while_it_grows(tiny_model, made, sco
     assert 0 < held.compressed <= 0.25 * compressed
 
 
-@pytest.mark.parametrize("policy", ["snapkv", "pyramidkv", "tova", "expected", "streaming"])
+@pytest.mark.parametrize("policy", ["snapkv", "pyramidkv", "tova", "expected", "h2o", "streaming"])
 def test_eviction_is_served_at_its_bytes(tiny_model, tiny_capture, tmp_path, policy):
     method = make_method("eviction", {"policy": policy, "budget": "25%"})
     calibration = fit(tiny_capture, method, policy=POLICY, out=tmp_path / "e.safetensors").calibration
