@@ -76,7 +76,7 @@ def jobs(target: str):
         signs = {"BITS": 128, "KEY_GROUPS": 4, "VALUE_GROUPS": 4, "COSINE": True, "HELD": True, "BIASED": False}
         codes = {"VALUE_WIDTH": 4, "VALUE_UNIT": decode_affine.UNIT[4], "VALUE_ZERO": 0, "PDL": hopper}
         yield "h1b", decode_h1b.decode, {**dims, **loop, **signs, **codes}, {"num_warps": 4, **limit}
-    yield from top_p_jobs(dims | {"PDL": hopper}, square, target)
+    yield from top_p_jobs(dims | {"PDL": hopper}, target)
     widths = {"4": (four, four), "mixed": ((4, 2, 2, 1), (3, 2, 2, 2)), "1": ((1,) * 4, (1,) * 4)}
     for name, (keys, values) in (widths | {"gains": ((4, 2), (2, 1))}).items():
         common = {
@@ -96,20 +96,21 @@ def jobs(target: str):
             yield f"decode_gluon {name}", decode_gluon.decode, {**common, **raw}, {"num_warps": 4}
 
 
-def top_p_jobs(dims, square, target):
+def top_p_jobs(dims, target):
     """The kernels of rabitq's top-p mode."""
-    bits = {"S": 1, "BITS": 4, "BINS": nucleus.BINS.value, "CENTRED": True}
-    yield "rotate", sketch.prepare, {**dims, **square, **bits, "P": 128}, {"num_warps": 8}
-    flags = {"CAPPED": False, "STAGES": 3, "WARPS": 4, "ASM": target != "gfx942"}
-    for name, extra in (("score", False), ("score centred", True)):
-        centred = {"S": 1, "GROUPS": 4, "BIASED": extra, "CENTRED": extra}
-        yield name, sketch.score, {**dims, **flags, **centred}, {"num_warps": 4}
-    yield "count_likely", nucleus.count_likely, {**dims, "SCORE_SPLITS": 64, "BLOCK": 2048}, {"num_warps": 4}
-    rows = {"SCORE_SPLITS": 64, "SPLITS": 64, "USED": 4, "TILE": 64, "D": 128, "DIMS": 128}
-    lists = {"COUNT_SPLITS": 16, "S": 1, "BLOCK": 512, "CAPPED": False, "SAME": True}
-    for again in (False, True):
-        yield f"rescore {again}", gather.rescore, {**dims, **rows, **lists, "AGAIN": again}, {"num_warps": 4}
-    yield "read", gather.read, {**dims, **rows}, {"num_warps": 4}
+    nvidia, warps = target != "gfx942", {"num_warps": 4}
+    bits = {"S": 1, "D": 128, "P": 128, "DIMS": 128, "CHANNELS": 128, "BITS": 4, "BINS": nucleus.BINS.value}
+    yield "rotate", sketch.prepare, {**dims, **bits, "CENTRED": True}, {"num_warps": 8}
+    flags = {"S": 1, "GROUPS": 4, "CAPPED": False, "STAGES": 3, "WARPS": 4, "ASM": nvidia}
+    for name, centred in (("score", False), ("score centred", True)):
+        yield name, sketch.score, {**dims, **flags, "BIASED": centred, "CENTRED": centred}, warps
+    yield "count_likely", nucleus.count_likely, {**dims, "SCORE_SPLITS": 64, "BLOCK": 2048}, warps
+    rows = {"SCORE_SPLITS": 64, "SPLITS": 64, "USED": 4, "TILE": 64, "D": 128, "DIMS": 128, "WIDE": False}
+    lists = {"COUNT_SPLITS": 16, "S": 1, "BLOCK": 512, "CAPPED": False}
+    for name, again in (("rescore", False), ("rescore again", True)):
+        limit = {"maxnreg": 128} if nvidia else {}
+        yield name, gather.rescore, {**dims, **rows, **lists, "AGAIN": again}, warps | limit
+    yield "read", gather.read, {**dims, **rows}, warps
 
 
 def starts(widths):
