@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from kvtool import packing
 from kvtool.shapes import Rope
@@ -49,7 +50,7 @@ def mean_logits(queries: Tensor, mean: Tensor, rope: Rope, positions: Tensor, sc
     rows = a.shape[2]
     # the table of cosines is scaled once more, by the rotary embedding
     unit = (rope.scaling * (a.square() + b.square()).sqrt().sum(-1) + rest.abs()).clamp_min(1e-30) / 32767
-    start_cos, start_sin = rope.table(positions[:: packing.PAGE])
+    start_cos, start_sin = _starts(rope, positions)
     step_cos, step_sin = _steps(rope, queries.device)
     out = torch.empty(B, H, rows, T, dtype=torch.int16, device=queries.device)
     _polynomial[(B * H, triton.cdiv(rows, 16), T // packing.PAGE)](
@@ -57,8 +58,8 @@ def mean_logits(queries: Tensor, mean: Tensor, rope: Rope, positions: Tensor, sc
         b.contiguous(),
         rest.contiguous(),
         1 / unit,
-        start_cos.contiguous(),
-        start_sin.contiguous(),
+        start_cos,
+        start_sin,
         step_cos,
         step_sin,
         out,
@@ -68,6 +69,18 @@ def mean_logits(queries: Tensor, mean: Tensor, rope: Rope, positions: Tensor, sc
         BLOCK=triton.next_power_of_2(half),
     )
     return out.reshape(B, HQ, S, T), unit.reshape(B, HQ, S)
+
+
+_tables = WeakIdKeyDictionary()
+
+
+def _starts(rope: Rope, positions: Tensor) -> tuple[Tensor, Tensor]:
+    # a captured step has the same positions for good, and all its layers share them
+    known = _tables.setdefault(positions, {})
+    if rope not in known:
+        cos, sin = rope.table(positions[:: packing.PAGE])
+        known[rope] = cos.contiguous(), sin.contiguous()
+    return known[rope]
 
 
 @lru_cache(maxsize=16)

@@ -36,24 +36,26 @@ def attend(
     scale: float,
     softcap: float | None = None,
     gluon: bool = False,
+    pages: Tensor | None = None,
 ) -> Attended:
-    """As ``Transform.attend``."""
+    """As ``Transform.attend``, over the first ``pages`` [B] of every head."""
     bias, unit = mean_bias(queries, layer["key_mean"], layer.rope, positions, scale)
-    pages = Packed(*_side(kv.key_pages, kv.key_gains), *_side(kv.value_pages, kv.value_gains))
+    packed = Packed(*_side(kv.key_pages, kv.key_gains), *_side(kv.value_pages, kv.value_gains))
     launch = default_launch(queries.device, gluon)
     codecs = [codec_of(method, layer, kind) for kind in range(4)]
-    if not _capturing(queries) and not bool(kv.outside.any()):
+    # a step with its lengths on the device may be captured next, and nothing can be compiled then
+    if pages is None and not _capturing(queries) and not bool(kv.outside.any()):
         return attend_packed(
-            queries, pages, codecs[0], scale=scale, softcap=softcap, bias=bias, bias_unit=unit, launch=launch
+            queries, packed, codecs[0], scale=scale, softcap=softcap, bias=bias, bias_unit=unit, launch=launch
         )
     B, _, N = kv.outside.shape
     parts = []
     for kind, codec in enumerate(codecs):
         # of a kind that a sequence does not have, it reads no page at all
-        length = N * (kv.outside == kind).reshape(B, -1).any(-1)
+        length = (N if pages is None else pages) * (kv.outside == kind).reshape(B, -1).any(-1)
         part = attend_packed(
             queries,
-            pages,
+            packed,
             codec,
             scale=scale,
             softcap=softcap,

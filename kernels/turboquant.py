@@ -33,17 +33,20 @@ def attend(
     scale: float,
     softcap: float | None = None,
     gluon: bool | None = None,
+    pages: Tensor | None = None,
 ) -> Attended:
-    """As ``TurboQuant.attend``; ``gluon`` chooses one of the two kernels."""
+    """As ``TurboQuant.attend``; ``gluon`` chooses one of the two kernels, ``pages`` [B] are in use."""
     codec = codec_of(method, layer)
     bias = unit = None
     if method.mean != "none":
         bias, unit = mean_bias(
             queries, layer["key_mean"], layer.rope if method.mean == "rotated" else None, positions, scale
         )
-    pages = Packed(kv.key_pages, kv.key_scales, kv.value_pages, kv.value_scales)
+    packed = Packed(kv.key_pages, kv.key_scales, kv.value_pages, kv.value_scales)
     launch = default_launch(queries.device, gluon)
-    return attend_packed(queries, pages, codec, scale=scale, softcap=softcap, bias=bias, bias_unit=unit, launch=launch)
+    return attend_packed(
+        queries, packed, codec, scale=scale, softcap=softcap, pages=pages, bias=bias, bias_unit=unit, launch=launch
+    )
 
 
 def codec_of(method: TurboQuant, layer: LayerCalibration) -> Codec:

@@ -3,14 +3,17 @@
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from kvtool import attention
 from kvtool.attention import Attended
 from kvtool.errors import BackendError
 from kvtool.methods.base import Carry, LayerCalibration, Method
+from kvtool.packing import PAGE
 
 BACKENDS = ("auto", "reference", "triton", "gluon")
 MAX_STEP = 8  # query tokens that decode kernels take at once; a longer prompt over a compressed past is the reference's
@@ -37,7 +40,10 @@ class Kernel(Protocol):
         softcap: float | None = None,
         gluon: bool = False,
     ) -> Attended:
-        """Attention of ``queries`` [B, HQ, S, D] over one compressed part; ``gluon`` asks for the faster dialect."""
+        """Attention of ``queries`` [B, HQ, S, D] over one compressed part; ``gluon`` asks for the faster dialect.
+
+        With a parameter ``pages``, int32 [B] on the device, the kernel reads so many pages of a part with room to grow.
+        """
 
 
 @dataclass(frozen=True)
@@ -57,14 +63,34 @@ class Backend:
         positions: Tensor,
         scale: float,
         softcap: float | None = None,
+        pages: Tensor | None = None,
     ) -> Attended:
-        """Attention of ``queries`` [B, HQ, S, D] over one compressed part."""
+        """Attention of ``queries`` [B, HQ, S, D] over one compressed part.
+
+        pages: int32 [B] on the device, what is in use of a part with room to grow; see :meth:`counts_pages`.
+        """
         if self.kernel is None or queries.shape[2] > MAX_STEP:
+            if pages is not None:
+                return _attend_used(method, queries, kv, layer, positions, scale, softcap, pages)
             return method.attend(queries, kv, layer, positions=positions, scale=scale, softcap=softcap)
-        gluon = self.name == "gluon"
+        counted = {} if pages is None else {"pages": pages}
         return self.kernel.attend(
-            method, queries, kv, layer, positions=positions, scale=scale, softcap=softcap, gluon=gluon
+            method,
+            queries,
+            kv,
+            layer,
+            positions=positions,
+            scale=scale,
+            softcap=softcap,
+            gluon=self.name == "gluon",
+            **counted,
         )
+
+    def counts_pages(self, method: Method) -> bool:
+        """Whether :meth:`attend` can read as many pages as a number on the device says."""
+        if self.kernel is None:
+            return type(method).attend is Method.attend
+        return "pages" in signature(self.kernel.attend).parameters
 
     def compress(
         self,
@@ -82,6 +108,22 @@ class Backend:
         if by_kernel is None:
             return method.compress(keys, values, layer, positions=positions, queries=queries, carry=carry)
         return by_kernel(method, keys, values, layer, positions=positions), None
+
+
+def _attend_used(
+    method: Method,
+    queries: Tensor,
+    kv: Any,
+    layer: LayerCalibration,
+    positions: Tensor,
+    scale: float,
+    softcap: float | None,
+    pages: Tensor,
+) -> Attended:
+    keys, values, bias = method.decompress(kv, layer, positions=positions)
+    beyond = torch.arange(keys.shape[2], device=keys.device) >= PAGE * pages[:, None, None]  # [B, 1, T]
+    seen = keys.new_zeros(keys.shape[:-1]) if bias is None else bias
+    return attention.attend(queries, keys, values, seen.masked_fill(beyond, -torch.inf), scale=scale, softcap=softcap)
 
 
 def has_kernel(method: str) -> bool:

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from kvtool.methods.base import mapped, nbytes
+from kvtool.packing import PAGE
 
 # spare room on growth: one copy of the past per quarter of its length
 _GROWTH = 1.25
+_ROUNDED = 2 * PAGE  # tokens: whole blocks of every method
 
 
 class Parts:
@@ -22,6 +24,7 @@ class Parts:
     def __init__(self, *, growing: bool) -> None:
         self.growing = growing
         self.tokens = 0
+        self.capacity = 0  # tokens that a growing run has room for before it is moved
         self._runs: list[Any] = []
         self._spans: list[tuple[int, int]] = []  # first position and tokens of each run
         self._lengths: list[int] = []  # used extent of dimension 2, for the growing run
@@ -31,24 +34,42 @@ class Parts:
 
     def append(self, kv: Any, start: int, tokens: int) -> None:
         """Add ``tokens`` compressed tokens that begin at position ``start``."""
-        self.tokens += tokens
         if not self.growing or not self._runs:
+            self.tokens += tokens
             self._runs.append(kv)
             self._spans.append((start, tokens))
             if self.growing:
                 self._lengths = [x.shape[2] if isinstance(x, Tensor) else 0 for x in kv]
+                self.reserve(self.capacity)
             return
-        run = self._runs[0]
-        fields = [
-            _extend(old, used, new) if isinstance(old, Tensor) else old
-            for old, used, new in zip(run, self._lengths, kv, strict=True)
-        ]
-        self._lengths = [
-            used + x.shape[2] if isinstance(x, Tensor) else 0 for used, x in zip(self._lengths, kv, strict=True)
-        ]
-        self._runs[0] = type(run)(*fields)
+        if self.tokens + tokens > self.capacity:
+            self.reserve(int(_GROWTH * (self.tokens + tokens)))
+        for i, (old, new) in enumerate(zip(self._runs[0], kv, strict=True)):
+            if isinstance(old, Tensor):
+                used, self._lengths[i] = self._lengths[i], self._lengths[i] + new.shape[2]
+                old[:, :, used : self._lengths[i]] = new
         first, before = self._spans[0]
         self._spans[0] = (first, before + tokens)
+        self.tokens += tokens
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for ``capacity`` tokens in all: until then a growing run's tensors stay where they are."""
+        self.capacity = max(self.capacity, -(-capacity // _ROUNDED) * _ROUNDED)
+        if self.growing and self._runs and self.capacity > self.tokens:
+            fields = zip(self._runs[0], self._lengths, strict=True)
+            self._runs[0] = type(self._runs[0])(
+                *(
+                    _moved(x, used, -(-used * self.capacity // self.tokens)) if isinstance(x, Tensor) else x
+                    for x, used in fields
+                )
+            )
+
+    def whole(self) -> list[tuple[Any, int, int]]:
+        """Each run with its room to grow, its first position and the tokens it has room for."""
+        return [
+            (run, start, max(tokens, self.capacity) if self.growing else tokens)
+            for run, (start, tokens) in zip(self._runs, self._spans, strict=True)
+        ]
 
     def replace(self, kv: Any, start: int, tokens: int) -> None:
         """Hold ``kv`` alone, ``tokens`` compressed tokens from position ``start`` on."""
@@ -81,11 +102,12 @@ class Parts:
         )
 
 
-def _extend(old: Tensor, used: int, new: Tensor) -> Tensor:
-    needed = used + new.shape[2]
-    if needed > old.shape[2]:
-        grown = old.new_empty((*old.shape[:2], max(needed, int(needed * _GROWTH)), *old.shape[3:]))
-        grown[:, :, :used] = old[:, :, :used]
-        old = grown
-    old[:, :, used:needed] = new
-    return old
+def _moved(old: Tensor, used: int, extent: int) -> Tensor:
+    """``old`` with room for ``extent`` in dimension 2; what is not used yet is 0, so that it may be read and masked."""
+    if extent <= old.shape[2]:
+        return old
+    # not an inference tensor, wherever it is first needed: those cannot be written to outside inference mode
+    with torch.inference_mode(False):
+        grown = torch.zeros((*old.shape[:2], extent, *old.shape[3:]), dtype=old.dtype, device=old.device)
+    grown[:, :, :used] = old[:, :, :used]
+    return grown

@@ -4,12 +4,13 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from kvtool.cache import CompressedCache, CompressedLayer
 from kvtool.calibration import CachePolicy, Calibration
 from kvtool.errors import BackendError, CalibrationError, ModelError
 from kvtool.exact import exact_attention
 from kvtool.methods.exact import Exact
 from kvtool.models.geometry import cache_shape
-from kvtool.runtime import CompressedCache, CompressedLayer, exact_prefill, serve
+from kvtool.runtime import exact_prefill, serve
 
 SIZES = dict(vocab_size=97, hidden_size=64, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2)
 PLAIN = dict(do_sample=False, pad_token_id=0, eos_token_id=None)

@@ -12,12 +12,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvtool import attention
+from kvtool.cache import CacheBytes, CompressedCache
 from kvtool.errors import InputError
 from kvtool.evaluate.contestants import Contestant
 from kvtool.evaluate.kld import TokenScores, compare, join
 from kvtool.evaluate.reference import Segment, own_prefill
 from kvtool.methods.base import LOOKS_BACK
-from kvtool.runtime import CacheBytes, CompressedCache, Prefill, serve
+from kvtool.runtime import Prefill, serve
 
 # relative L2; a lossy layer that reproduces attention better than this was not read back from what was stored
 _ROUNDING = 1e-5

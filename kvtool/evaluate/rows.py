@@ -9,11 +9,11 @@ import torch
 import transformers
 
 import kvtool
+from kvtool.cache import CacheBytes
 from kvtool.evaluate.contestants import Contestant
 from kvtool.evaluate.kld import Drift, Estimate
 from kvtool.evaluate.measure import Tally
 from kvtool.evaluate.passkey import Recall
-from kvtool.runtime import CacheBytes
 
 Row = dict[str, Any]
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from kvtool.cache import CacheBytes
 from kvtool.errors import InputError
 from kvtool.evaluate import rows as row
 from kvtool.evaluate.contestants import Contestant
@@ -24,7 +25,7 @@ from kvtool.evaluate.passkey import Outcome, Question, answer, make_prompts, rec
 from kvtool.evaluate.reference import PREFILL_CHUNK, Store, fork, own_prefill, segments
 from kvtool.evaluate.rows import Row
 from kvtool.models import LoadedModel
-from kvtool.runtime import CacheBytes, exact_prefill, serve
+from kvtool.runtime import exact_prefill, serve
 
 TASKS = ("kld", "passkey", "multikey")
 

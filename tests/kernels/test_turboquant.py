@@ -7,13 +7,13 @@ import torch
 
 from kvtool.attention import relative_error
 from kvtool.backends import Backend, choose_backend
+from kvtool.cache import CompressedLayer
 from kvtool.errors import BackendError, ModelError
 from kvtool.kernels import turboquant as kernels
 from kvtool.kernels.mean import mean_logits
 from kvtool.methods import make_method
 from kvtool.methods.base import LayerCalibration
 from kvtool.policy import CachePolicy
-from kvtool.runtime import CompressedLayer
 from kvtool.shapes import LayerKind, LayerShape, Rope
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
