@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -94,15 +94,16 @@ def fit(
     candidates = [Calibration(method, capture.shape, tensors, policy)]
     if free is not None:
         candidates.append(Calibration(free, capture.shape, free.fit(cast(Capture, shown)), policy))
-    errors = {}
+    errors: dict[int, Tensor] = {}
+    notes: list[list[dict[str, float]]] = [[] for _ in candidates]
     if raced is None:
-        errors = _errors(capture, candidates, shown.stop, lambda done: report(steps // 2 + done))
+        errors = _errors(capture, candidates, shown.stop, lambda done: report(steps // 2 + done), notes)
     summary = _summary(errors)
     worse = (summary.get("difference") or 0.0) > 0
     kept = "data-free" if worse else "fitted"
-    chosen = candidates[1 if worse else 0]
+    chosen, noted = candidates[1 if worse else 0], mean_notes(notes[1 if worse else 0])
     manifest = capture.manifest
-    provenance = {
+    provenance: dict[str, Any] = {
         "model": manifest.model,
         "revision": manifest.revision,
         "fingerprint": manifest.fingerprint,
@@ -116,6 +117,8 @@ def fit(
     }
     if raced is not None:
         provenance["held_out"] = raced.record
+    elif noted:
+        provenance["notes"] = noted
     loader = model or partial(load_model, manifest.model, revision=manifest.revision)
     tuned = chosen.method.tune(chosen, capture, model=loader, stop=shown.stop, progress=progress)
     if tuned is not None:
@@ -186,23 +189,37 @@ def _check_layers(capture: Capture, method: Method) -> None:
         )
 
 
+def mean_notes(notes: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The mean of each of the ``notes`` that a method made on several parts."""
+    return {name: sum(one[name] for one in notes) / len(notes) for name in (notes[0] if notes else {})}
+
+
 def _errors(
-    capture: Capture, candidates: Sequence[Calibration], start: int, report: Callable[[int], None]
+    capture: Capture,
+    candidates: Sequence[Calibration],
+    start: int,
+    report: Callable[[int], None],
+    notes: list[list[dict[str, float]]],
 ) -> dict[int, Tensor]:
-    """Error of every candidate per layer and block of queries, {layer: [candidates, blocks]}; {} without queries."""
+    """Error of every candidate per layer and block of queries, {layer: [candidates, blocks]}; {} without queries.
+
+    What the candidates note of the parts they are judged by is appended to ``notes``.
+    """
     if capture.manifest.queries == "none":
         return {}
     errors = {}
     exact_layers = candidates[0].policy.exact_layers
     for done, i in enumerate(capture.layers):
         if i not in exact_layers:
-            blocks = [_sample_errors(sample, capture, candidates, start) for sample in capture.samples(i)]
+            blocks = [_sample_errors(sample, candidates, start, notes) for sample in capture.samples(i)]
             errors[i] = torch.cat(blocks, 1)
         report(done + 1)
     return {i: e for i, e in errors.items() if e.shape[1]}
 
 
-def _sample_errors(sample: LayerSample, capture: Capture, candidates: Sequence[Calibration], start: int) -> Tensor:
+def _sample_errors(
+    sample: LayerSample, candidates: Sequence[Calibration], start: int, notes: list[list[dict[str, float]]]
+) -> Tensor:
     """Queries of the last quarter of the held-out tokens attend to the sinks, exact, and to the rest, compressed."""
     pages = (sample.keys.shape[1] - start) // PAGE
     stop = start + PAGE * (pages - pages // 4 if pages > 1 else pages)
@@ -220,8 +237,9 @@ def _sample_errors(sample: LayerSample, capture: Capture, candidates: Sequence[C
         queries, keys[:, :, : policy.sinks], values[:, :, : policy.sinks], scale=shape.scale, softcap=shape.softcap
     )
     rows = []
-    for candidate in candidates:
-        part = _attend_compressed(candidate, sample, queries, slice(start, stop))
+    for candidate, own in zip(candidates, notes, strict=True):
+        part, noted = _attend_compressed(candidate, sample, queries, slice(start, stop))
+        own += [noted] if noted else []
         found = attention.merge(sinks, part) if policy.sinks else part
         rows.append(_by_block(found.out, whole.out))
     return torch.stack(rows)
@@ -229,7 +247,7 @@ def _sample_errors(sample: LayerSample, capture: Capture, candidates: Sequence[C
 
 def _attend_compressed(
     candidate: Calibration, sample: LayerSample, queries: Tensor, tokens: slice
-) -> attention.Attended:
+) -> tuple[attention.Attended, dict[str, float]]:
     layer, method, shape = candidate.layer(sample.layer), candidate.method, sample.shape
     keys, values = sample.keys[None].float(), sample.values[None].float()
     sinks, positions = candidate.policy.sinks, sample.positions[tokens]
@@ -239,7 +257,8 @@ def _attend_compressed(
     kv, _ = method.compress(
         keys[:, :, tokens], values[:, :, tokens], layer, positions=positions, queries=last, carry=carry
     )
-    return method.attend(queries, kv, layer, positions=positions, scale=shape.scale, softcap=shape.softcap)
+    found = method.attend(queries, kv, layer, positions=positions, scale=shape.scale, softcap=shape.softcap)
+    return found, method.notes(kv)
 
 
 def _by_block(found: Tensor, exact: Tensor) -> Tensor:

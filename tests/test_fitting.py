@@ -115,6 +115,12 @@ def test_provenance_says_where_it_comes_from(toy, tmp_path):
     assert provenance["held_out"]["fitted"] < provenance["held_out"]["data_free"]
 
 
+def test_what_a_method_notes_of_held_out_tokens_is_recorded(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(TurboQuant, "notes", lambda self, kv: {"odd": 0.25})
+    fit(toy(), make_method("turboquant"), out=tmp_path / "a.safetensors")
+    assert read_header(tmp_path / "a.safetensors").provenance["notes"] == {"odd": 0.25}
+
+
 def test_the_newest_calibration_is_remembered_under_a_name_that_says_what_it_is(toy):
     made = fit(toy(), make_method("turboquant", dict(k_bits=4, codebook="fitted")))
     assert made.path.name == "toy-turboquant-k4v3-codebook_fitted.safetensors"

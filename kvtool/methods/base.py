@@ -203,6 +203,10 @@ class Method(ABC):
         """
         return carry
 
+    def notes(self, kv: Any) -> dict[str, float]:
+        """Shares that whoever judges a compressed part should see, such as of pages that a guard caught; by name."""
+        return {}
+
     def host_bytes(self, carry: Carry) -> int:
         """Bytes held outside the cache, in host memory: reported apart, never part of the rate."""
         return 0

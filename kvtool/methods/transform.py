@@ -100,6 +100,10 @@ class Transform(Method):
         read = _decode(codes, kv.value_gains, kv.outside >> 1, layer, "value")
         return Decompressed(delta + centring.at(layer["key_mean"], "rotated", layer.rope, positions), read)
 
+    def notes(self, kv: TransformKV) -> dict[str, float]:
+        outside = torch.stack([kv.outside & 1, kv.outside >> 1]).float()
+        return {"outside": outside.mean().item()}
+
     def _encode(self, x: Tensor, layer: LayerCalibration, side: str) -> tuple[Coded, Tensor]:
         """Codes of ``x`` [B, H, T, D], and which pages [B, H, N] are coded plainly."""
         if not x.isfinite().all():
