@@ -22,6 +22,7 @@ from kvtool.evaluate.run import Corpus, Protocol, evaluate
 from kvtool.evaluate.table import markdown
 from kvtool.methods import make_method
 from kvtool.methods.base import Decompressed, Method
+from kvtool.methods.fp8 import Fp8
 from kvtool.policy import CachePolicy
 
 SMALL = Protocol(
@@ -196,6 +197,15 @@ def test_logits_that_states_do_not_give_back_are_stored_themselves(tiny_model, m
         assert "logits" in store.load("0")
         (again,) = segments(tiny_model.model, ids, store, prefix=64, chunk=8)
     assert torch.equal(first.logits, again.logits)
+
+
+def test_what_a_method_notes_of_its_pages_is_in_the_row_and_the_caption(tiny_model, monkeypatch):
+    monkeypatch.setattr(Fp8, "notes", lambda self, kv: {"of pages odd": 0.125})
+    for task in ("kld", "passkey"):
+        found = run(tiny_model, [contestant(tiny_model)], Protocol(**vars(SMALL) | {"tasks": (task,)})).rows
+        (row,) = (row for row in found if row["kind"] == "calibration")
+        assert row["notes"] == {"of pages odd": 0.125}
+        assert "my fp8: 12.5% of pages odd" in markdown(found)
 
 
 def test_generated_text_is_the_models_own_and_depends_on_the_seed_alone(tiny_model):

@@ -34,6 +34,7 @@ class Tally:
     peak: int | None = None
     backend: str = ""
     seconds: float = 0.0
+    notes: list[dict[str, float]] = field(default_factory=list)
 
     def attention_error(self) -> dict[int, float]:
         """Relative L2 error of the attention output of each compressed layer, mean over segments."""
@@ -63,6 +64,7 @@ def score_segment(
         if tally.nbytes is None:
             tally.nbytes, tally.backend = cache.nbytes(), cache.backend.name
         tally.attention.append(attention_errors(cache, prefill))
+        tally.notes += notes_of(cache)
         parts, position = [], 0
         for ids in segment.ids[:, prefix:-1].split(chunk, 1):
             logits = model(ids, past_key_values=cache, use_cache=True).logits[0]
@@ -92,6 +94,14 @@ def attention_errors(cache: CompressedCache, prefill: Prefill) -> dict[int, floa
         found = layer.attend(asked, scale=shape.scale, softcap=shape.softcap)
         errors[i] = attention.relative_error(found, yardstick.out).item()
     return errors
+
+
+def notes_of(cache: CompressedCache) -> list[dict[str, float]]:
+    """What the method notes of each layer's compressed tokens; most have nothing to say."""
+    read = [
+        (layer.method, kv) for _, layer in cache.compressed_layers() for kv, _ in layer.parts.read(layer.keys.device)
+    ]
+    return [noted for method, kv in read if (noted := method.notes(kv))]
 
 
 def problems(contestant: Contestant, tally: Tally) -> list[str]:

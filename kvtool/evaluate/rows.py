@@ -14,6 +14,7 @@ from kvtool.evaluate.contestants import Contestant
 from kvtool.evaluate.kld import Drift, Estimate
 from kvtool.evaluate.measure import Tally
 from kvtool.evaluate.passkey import Recall
+from kvtool.fitting import mean_notes
 
 Row = dict[str, Any]
 
@@ -83,6 +84,7 @@ def tally_row(tally: Tally) -> Row:
         "backend": tally.backend,
         "bytes_peak": tally.peak,
         "seconds": tally.seconds,
+        "notes": mean_notes(tally.notes),
     }
 
 

@@ -17,6 +17,7 @@ from kvtool.evaluate.measure import (
     Tally,
     begin_of_text,
     continue_segments,
+    notes_of,
     problems,
     score_segment,
     take_segments,
@@ -24,6 +25,7 @@ from kvtool.evaluate.measure import (
 from kvtool.evaluate.passkey import Outcome, Question, answer, make_prompts, recall
 from kvtool.evaluate.reference import PREFILL_CHUNK, Store, fork, own_prefill, segments
 from kvtool.evaluate.rows import Row
+from kvtool.fitting import mean_notes
 from kvtool.models import LoadedModel
 from kvtool.runtime import exact_prefill, serve
 
@@ -179,6 +181,7 @@ class _Run:
         )
         outcomes: dict[str, list[Outcome]] = {one.name: [] for one in self.contestants}
         sizes: dict[str, CacheBytes] = {}
+        notes: dict[str, list[dict[str, float]]] = {one.name: [] for one in self.compressed}
         full = []
         for i, prompt in enumerate(prompts):
             ids = torch.tensor([prompt.context], device=model.device)
@@ -197,6 +200,7 @@ class _Run:
                 with serve(model, one.calibration, backend=protocol.backend) as cache:
                     cache.adopt(adopted)
                     sizes[one.name] = cache.nbytes()
+                    notes[one.name] += notes_of(cache)
                     outcomes[one.name].append(answer(model, cache, prompt, chunk=protocol.chunk))
                 self.rows[one.name]["backend"] = cache.backend.name
                 self.step()
@@ -204,6 +208,7 @@ class _Run:
             found = recall(prompts, full if one.calibration is None else outcomes[one.name])
             own = None if one.lossless else sizes[one.name]
             self.rows[one.name] |= row.recall_row(task, found, own, protocol.passkey_context)
+            self.rows[one.name].setdefault("notes", mean_notes(notes.get(one.name, ())))
             if "bits" not in self.rows[one.name]:
                 cost = sizes.get(one.name) or next(iter(sizes.values()))
                 self.rows[one.name] |= row.bytes_row(cost, compressed=not one.lossless)

@@ -53,7 +53,13 @@ def legend(rows: Sequence[Row]) -> str:
         "KLD in nats, +- one standard error over segments; attention: relative L2 error of its output, mean over layers"
     )
     backends = sorted({row["backend"] for row in rows if row["backend"]})
-    return f"{text}; back end: {', '.join(backends)}"
+    noted = [
+        f"; {row['name']}: {share:.1%} {name}"
+        for row in rows
+        for name, share in (row.get("notes") or {}).items()
+        if share
+    ]
+    return f"{text}; back end: {', '.join(backends)}{''.join(noted)}"
 
 
 def table(rows: Sequence[Row]) -> Table:

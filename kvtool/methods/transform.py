@@ -102,7 +102,7 @@ class Transform(Method):
 
     def notes(self, kv: TransformKV) -> dict[str, float]:
         outside = torch.stack([kv.outside & 1, kv.outside >> 1]).float()
-        return {"outside": outside.mean().item()}
+        return {"of pages outside what was calibrated": outside.mean().item()}
 
     def _encode(self, x: Tensor, layer: LayerCalibration, side: str) -> tuple[Coded, Tensor]:
         """Codes of ``x`` [B, H, T, D], and which pages [B, H, N] are coded plainly."""
