@@ -92,15 +92,25 @@ def square_map(D: int, C: int) -> dict[str, int]:
 
 
 def merged(
-    out: Tensor, lse: Tensor, output_map: Tensor, shape: tuple[int, int, int, int], dims: dict[str, int], pdl: bool
+    out: Tensor,
+    lse: Tensor,
+    output_map: Tensor,
+    shape: tuple[int, int, int, int],
+    dims: dict[str, int],
+    pdl: bool,
+    slots: tuple[Tensor, int] | None = None,
 ) -> Attended:
     """The splits of a step as one part, [B, HQ, S, D] = ``shape``.
 
     out: float32 [programs, splits, ROWS, C].  lse: float32 [programs, splits, ROWS], log2.
     output_map: float32 [H or 1, C, D].  dims: H, ROWS and BLOCKS of the decode.
+    slots: where each KV head's splits begin, int32 [B*H + 1], and the most that one has; ``out`` is then
+        [slots, BLOCKS, ROWS, C].
     """
-    _, HQ, S, D = shape
-    programs, splits, rows, channels = out.shape
+    B, HQ, S, D = shape
+    rows, channels = out.shape[2:]
+    programs = B * dims["H"] * dims["BLOCKS"]
+    splits = slots[1] if slots else out.shape[1]
     result = torch.empty(shape, dtype=torch.float32, device=out.device)
     result_lse = torch.empty(shape[:3], dtype=torch.float32, device=out.device)
     merge[(programs, rows)](
@@ -112,10 +122,11 @@ def merged(
         splits,
         HQ // dims["H"] * S,
         output_map.stride(0) if output_map.shape[0] > 1 else 0,
-        SPLITS=triton.next_power_of_2(splits),
+        SPLITS=triton.next_power_of_2(max(1, splits)),
         **dims,
         **square_map(D, channels),
         PDL=pdl,
+        SLOTS=slots[0] if slots else None,
         **({"launch_pdl": True} if pdl else {}),
     )
     return Attended(result, result_lse)

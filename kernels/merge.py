@@ -24,6 +24,7 @@ def merge(
     DIMS: tl.constexpr,  # D and C, rounded up to powers of two
     CHANNELS: tl.constexpr,
     PDL: tl.constexpr,
+    SLOTS=None,  # int32 [B*H + 1], where each KV head's splits begin in OUT [slots, BLOCKS, ROWS, C], if they differ
 ):
     """One program: one query row."""
     program = tl.program_id(0)
@@ -36,7 +37,12 @@ def merge(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    at = (program.to(tl.int64) * splits + s) * ROWS + r
+    if SLOTS is None:
+        at = (program.to(tl.int64) * splits + s) * ROWS + r
+    else:
+        first = tl.load(SLOTS + head)
+        splits = tl.load(SLOTS + head + 1) - first
+        at = ((first + s).to(tl.int64) * BLOCKS + program % BLOCKS) * ROWS + r
     parts = tl.load(OUT + at[:, None] * C + c[None, :], mask=(s < splits)[:, None] & (c < C)[None, :], other=0.0)
     lse = tl.load(LSE + at, mask=s < splits, other=-1e30)
     top = tl.max(lse, 0)

@@ -20,12 +20,14 @@ from kvtool.kernels import (
     decode_affine,
     decode_gluon,
     decode_h1b,
+    decode_levels,
     encode,
     gather,
     mean,
     merge,
     nucleus,
     query,
+    query_levels,
     sketch,
 )
 from kvtool.kernels.fragments import OFFSET
@@ -44,11 +46,13 @@ POINTERS = {
     **dict.fromkeys(("CODE_SCALES", "ESTIMATES", "TERMS"), "*fp16"),
     **dict.fromkeys(("TABLES", "CODE_PAGES", "COUNTS", "LISTS", "NUMBER"), "*i32"),
     **dict.fromkeys(("BIAS",), "*i16"),
+    **dict.fromkeys(("QUERY_WORDS", "KEY_CODES", "VALUE_CODES", "KEY_GAINS", "VALUE_GAINS", "TABLE"), "*i32"),
+    **dict.fromkeys(("SHARES", "STEPS", "SLOTS", "POSITIONS", "HEADS", "PAIRS", "TURNS"), "*i32"),
     **dict.fromkeys(
         ("QUERY_START", "KEY_PAGES", "VALUE_PAGES", "KEY_TABLE", "VALUE_TABLE", "PAGES", "PAGE_TABLE", "WORDS"), "*i32"
     ),
 }
-FLOATS = ("factor", "softcap", "step", "root", "spread", "share", "p")
+FLOATS = ("factor", "softcap", "step", "root", "spread", "share", "p", "scaling")
 
 
 def jobs(target: str):
@@ -57,7 +61,7 @@ def jobs(target: str):
     dims = {"H": 8, "ROWS": 8, "BLOCKS": 1}
     square = {"D": 128, "C": 128, "DIMS": 128, "CHANNELS": 128, "PDL": hopper}
     yield "prepare", query.prepare, {**dims, **square, "PER": 128, "S": 1, "TILE": 16}, {"num_warps": 8}
-    yield "merge", merge.merge, {**dims, **square, "SPLITS": 64}, {"num_warps": 8}
+    yield "merge", merge.merge, {**dims, **square, "SPLITS": 64, "SLOTS": None}, {"num_warps": 8}
     yield "mean", mean._polynomial, {"HALF": 64, "BLOCK": 64}, {"num_warps": 4}
     four = (4, 4, 4, 4)
     units = {"GROUPS": 4, "OFFSETS": starts(four), "HALF": 64, "DIMS": 128, "H": 8, "D": 128, "C": 128, "SCALE": 1}
@@ -76,6 +80,7 @@ def jobs(target: str):
         signs = {"BITS": 128, "KEY_GROUPS": 4, "VALUE_GROUPS": 4, "COSINE": True, "HELD": True, "BIASED": False}
         codes = {"VALUE_WIDTH": 4, "VALUE_UNIT": decode_affine.UNIT[4], "VALUE_ZERO": 0, "PDL": hopper}
         yield "h1b", decode_h1b.decode, {**dims, **loop, **signs, **codes}, {"num_warps": 4, **limit}
+    yield from level_jobs(dims, square, target)
     yield from top_p_jobs(dims | {"PDL": hopper}, target)
     widths = {"4": (four, four), "mixed": ((4, 2, 2, 1), (3, 2, 2, 2)), "1": ((1,) * 4, (1,) * 4)}
     for name, (keys, values) in (widths | {"gains": ((4, 2), (2, 1))}).items():
@@ -94,6 +99,17 @@ def jobs(target: str):
         if nvidia and name != "gains":
             raw = {"RAW": max(keys) == 1, "ROWS": 4}
             yield f"decode_gluon {name}", decode_gluon.decode, {**common, **raw}, {"num_warps": 4}
+
+
+def level_jobs(dims, square, target):
+    """The kernels of rdkv."""
+    nvidia, hopper = target != "gfx942", target == "sm_90"
+    yield "merge slots", merge.merge, {**dims, **square, "SPLITS": 128}, {"num_warps": 8}
+    mean = {"S": 1, "COUNT": 64, "STILL": False, "ASM": nvidia}
+    yield "query levels", query_levels.prepare, {**dims, **square, **mean}, {"num_warps": 8 if nvidia else 4}
+    if target != "sm_80":  # half a minute of the compiler's time at head_dim 128
+        loop = {"GROUPS": 4 if hopper else 2, "CAPPED": False, "STAGES": 1, "WARPS": 4, "ASM": nvidia, "PDL": hopper}
+        yield "levels", decode_levels.decode, {"ROWS": 8, "BLOCKS": 1, **loop}, {"num_warps": 4}
 
 
 def top_p_jobs(dims, target):
