@@ -42,7 +42,7 @@ class CacheBytes:
     compressed: bytes of the packed parts. exact: bytes of sinks, window and exact layers, as held.
     values: numbers the cache stands for, 2 T H D summed over layers and sequences. tokens: length of the sequence.
     exact_values: how many of them are held exactly. resident: all bytes allocated, spare capacity included.
-    host: bytes that a method keeps in host memory besides, in none of the other figures.
+    host, disk: bytes that a method keeps in host memory and in a file besides, in none of the other figures.
     """
 
     compressed: int
@@ -52,6 +52,7 @@ class CacheBytes:
     resident: int
     tokens: int
     host: int = 0
+    disk: int = 0
 
     @property
     def stored(self) -> int:
@@ -299,7 +300,7 @@ class CompressedCache(Cache):
 
     def nbytes(self) -> CacheBytes:
         """What the cache costs now."""
-        compressed = exact = values = exact_values = resident = host = 0
+        compressed = exact = values = exact_values = resident = host = disk = 0
         for i in self.calibration.shape.compressible:
             layer = self.layers[i]
             if not getattr(layer, "is_initialized", False):
@@ -307,13 +308,15 @@ class CompressedCache(Cache):
             held = layer.keys.numel() + layer.values.numel()
             size = layer.keys.element_size() * held
             packed, spare = (layer.parts.nbytes, layer.parts.spare) if isinstance(layer, CompressedLayer) else (0, 0)
-            host += layer.method.host_bytes(layer.carry) if isinstance(layer, CompressedLayer) else 0
+            if isinstance(layer, CompressedLayer):
+                host += layer.method.host_bytes(layer.carry)
+                disk += layer.method.disk_bytes(layer.carry)
             compressed, exact, exact_values = compressed + packed, exact + size, exact_values + held
             # not from what is held: without sinks and window it may be nothing
             B, H, _, D = layer.keys.shape
             values += 2 * B * H * D * layer.get_seq_length()
             resident += packed + spare + size
-        return CacheBytes(compressed, exact, values, exact_values, resident, self.get_seq_length(), host)
+        return CacheBytes(compressed, exact, values, exact_values, resident, self.get_seq_length(), host, disk)
 
     def bits_per_value(self) -> float:
         """Stored bits per value, sinks, window and exact layers included."""

@@ -19,7 +19,7 @@ class Generated:
     """What came out, and what the cache cost when it was done; the full cache's own figures if it was not compressed.
 
     stored_bytes: of the whole cache, exact tokens at 16 bits. full_bytes: of the same tokens, uncompressed.
-    host_bytes: what the method keeps in host memory besides.
+    host_bytes, disk_bytes: what the method keeps in host memory and in a file besides.
     """
 
     text: str
@@ -30,6 +30,7 @@ class Generated:
     stored_bytes: int
     full_bytes: int
     host_bytes: int = 0
+    disk_bytes: int = 0
 
 
 def encode(loaded: LoadedModel, prompt: str, *, chat: bool | None = None) -> Tensor:
@@ -80,7 +81,7 @@ def generate(
         out = loaded.model.generate(ids, past_key_values=cache, **options)
         cost = cache.nbytes()
         made = _generated(loaded, ids, out, cache.backend.name, cost.bits_per_value, cost.stored, 2 * cost.values)
-        return replace(made, host_bytes=cost.host)
+        return replace(made, host_bytes=cost.host, disk_bytes=cost.disk)
 
 
 def first_difference(a: list[int], b: list[int]) -> int | None:

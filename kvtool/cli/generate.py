@@ -81,8 +81,10 @@ def generate(
         f"{served.backend}: cache {format_bytes(served.stored_bytes)} instead of {format_bytes(served.full_bytes)} "
         f"({ratio:.2f}x), {served.bits_per_value:.2f} bits per value, sinks and window included"
     )
-    if served.host_bytes:
-        talk.print(f"besides, {format_bytes(served.host_bytes)} of originals in host memory")
+    besides = {"in host memory": served.host_bytes, "on disk": served.disk_bytes}
+    if any(besides.values()):
+        sizes = [f"{format_bytes(size)} {where}" for where, size in besides.items() if size]
+        talk.print(f"besides, originals: {' and '.join(sizes)}")
     if served.stored_bytes >= served.full_bytes:
         talk.print(
             "note: every token still stands among the exact first and recent ones; a longer prompt is compressed"

@@ -96,6 +96,7 @@ def bytes_row(size: CacheBytes, *, compressed: bool) -> Row:
         "bytes_stored": stored,
         "bytes_resident": size.resident if compressed else 2 * size.values,
         "bytes_host": size.host if compressed else 0,
+        "bytes_disk": size.disk if compressed else 0,
         "tokens": size.tokens,
     }
 

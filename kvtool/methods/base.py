@@ -211,6 +211,10 @@ class Method(ABC):
         """Bytes held outside the cache, in host memory: reported apart, never part of the rate."""
         return 0
 
+    def disk_bytes(self, carry: Carry) -> int:
+        """Bytes held outside the cache, in a file: likewise."""
+        return 0
+
     @abstractmethod
     def decompress(self, kv: Any, layer: LayerCalibration, *, positions: Tensor) -> Decompressed:
         """Keys, values and bias as attention sees them. ``positions`` [T] are those given to :meth:`compress`."""

@@ -31,8 +31,9 @@ from kvtool.methods.turboquant import TurboQuant
 from kvtool.packing import PAGE
 from kvtool.rdkv.budget import parse_share
 from kvtool.shapes import CacheShape, LayerShape, Rope, TensorSpec
-from kvtool.tiered import places, pools
-from kvtool.tiered.pools import Codec, Host, Source, TieredKV
+from kvtool.tiered import originals, places, pools
+from kvtool.tiered.originals import Originals
+from kvtool.tiered.pools import Codec, Source, TieredKV
 
 if TYPE_CHECKING:
     from kvtool.capture import Capture, LayerSample
@@ -47,13 +48,13 @@ _NEVER = -(2**30)  # when a new unit has moved last
 class TieredState(NamedTuple):
     """The carry.
 
-    kv: all that is compressed. host: originals. first: int64 [B], position of block 0. step: int64 [B], queries seen.
+    kv: all that is compressed. held: originals. first: int64 [B], position of block 0. step: int64 [B], queries seen.
     looked: int64 [B], of them since the last move. seen: [B, HQ, N], mean squared share of the softmax on each block
     for those; nothing if none were seen. lse: [B, HQ, W], of what stays exact, for the last queries of the prompt.
     """
 
     kv: TieredKV
-    host: Host
+    held: Originals
     first: Tensor
     step: Tensor
     looked: Tensor
@@ -82,6 +83,9 @@ class Tiered(Method):
     archive_bits: int = Field(2, ge=1, le=2, description="bits of the archive, fewer than those of the cold tier")
     host_mib: float = Field(
         256.0, ge=0, le=2**20, description="MiB per sequence of host memory for originals; 0: nothing can go up again"
+    )
+    disk_mib: float = Field(
+        0.0, ge=0, le=2**24, description="MiB per sequence of a temporary file for originals beyond host_mib"
     )
     halflife: float = Field(16.0, gt=0, description="queries in which a score halves")
     hysteresis: float = Field(2.0, ge=1, description="priority to overtake with, as a factor")
@@ -153,7 +157,7 @@ class Tiered(Method):
         tier = places.place(
             old,
             places.priority(score, H, self.recency),
-            pools.held(state.host, U).to(old.device),
+            originals.held(state.held, U).to(old.device),
             step[:, None] - moved < self.cooldown,
             places.capacities(layer["shares"], U),
             layer["thresholds"],
@@ -163,11 +167,12 @@ class Tiered(Method):
         stored = pools.rebuild(kv, tier, source, self.codecs(layer), int(first[0]), H)
         moved = torch.where((tier != old) & (old != places.FRESH), step[:, None].int(), moved)
         made = TieredKV(tier, score, moved, kv.like, *stored)
-        room = int(layer["host_bytes"]) // (4 * PAGE * keys.shape[-1] + pools.HOST_BOOKS)
+        size = 4 * PAGE * keys.shape[-1] + originals.BOOKS
+        rooms = int(layer["host_bytes"]) // size, int(layer.tensors.get("disk_bytes", 0)) // size
         touched = score >= score.mean(1, keepdim=True)
-        host = pools.store(state.host, source, tier, touched, int(step.max()), room)
+        held = originals.store(state.held, source, tier, touched, int(step.max()), rooms)
         nothing = score.new_empty(len(keys), layer.shape.num_heads, 0)
-        return made, TieredState(made, host, first, step, torch.zeros_like(step), nothing, nothing)
+        return made, TieredState(made, held, first, step, torch.zeros_like(step), nothing, nothing)
 
     def decompress(self, kv: TieredKV, layer: LayerCalibration, *, positions: Tensor) -> Decompressed:
         H = layer.shape.num_kv_heads
@@ -176,14 +181,17 @@ class Tiered(Method):
         return Decompressed(keys.flatten(2, 3), values.flatten(2, 3))
 
     def host_bytes(self, carry: Carry) -> int:
-        return 0 if carry is None else nbytes(carry.host)
+        return 0 if carry is None else nbytes(carry.held.host)
+
+    def disk_bytes(self, carry: Carry) -> int:
+        return 0 if carry is None else nbytes(carry.held.disk)
 
     def _empty(self, keys: Tensor, layer: LayerCalibration) -> TieredState:
         none = torch.empty(len(keys), 0, device=keys.device)
         kv = TieredKV(none.to(torch.uint8), none, none.int(), keys.new_empty(len(keys), 0))
         zero = torch.zeros(len(keys), dtype=torch.int64, device=keys.device)
         nothing = none[:, None].expand(-1, layer.shape.num_heads, -1)
-        return TieredState(kv, pools.empty_host(keys), zero, zero, zero, nothing, nothing)
+        return TieredState(kv, originals.nothing_held(keys), zero, zero, zero, nothing, nothing)
 
     def _scores(self, state: TieredState, keys: Tensor, layer: LayerCalibration, queries: Tensor | None) -> Tensor:
         """The scores of all units, [B, U]: old ones moved towards what was seen, new ones as they were seen."""
@@ -222,7 +230,7 @@ class Tiered(Method):
             torch.cat([old_values.float(), values.unflatten(2, (-1, PAGE))[:, :, new].float()], 2),
             torch.cat([hot, hot.new_ones(B, H, len(new))], 2),
         )
-        return pools.recall(state.host, source, moves.shape[1] * H)
+        return originals.recall(state.held, source, moves.shape[1] * H)
 
     def codecs(self, layer: LayerCalibration) -> list[Codec]:
         """How each tier stores a block."""
@@ -246,16 +254,18 @@ class Tiered(Method):
         return {prefix: TurboQuant(**chosen) for prefix, chosen in options.items()}
 
     def schema(self, shape: CacheShape) -> dict[str, TensorSpec]:
-        return {**super().schema(shape), "host_bytes": TensorSpec("int64", ())}
+        rooms = ("host_bytes", "disk_bytes") if self.disk_mib else ("host_bytes",)
+        return {**super().schema(shape), **dict.fromkeys(rooms, TensorSpec("int64", ()))}
 
     def layer_schema(self, shape: LayerShape) -> dict[str, TensorSpec]:
         coded = {p + field: spec for p, m in self._coded().items() for field, spec in m.layer_schema(shape).items()}
         return {**coded, "shares": TensorSpec("float32", (4,)), "thresholds": TensorSpec("float32", (3,))}
 
     def fit(self, capture: "Capture", *, progress: Progress | None = None) -> dict[str, Tensor]:
-        # layers share the host's memory equally
-        room = int(self.host_mib * 2**20 / len(capture.shape.compressible))
-        return {**super().fit(capture, progress=progress), "host_bytes": torch.tensor(room)}
+        # layers share host memory and file equally
+        mib = {"host_bytes": self.host_mib} | ({"disk_bytes": self.disk_mib} if self.disk_mib else {})
+        rooms = {name: torch.tensor(int(x * 2**20 / len(capture.shape.compressible))) for name, x in mib.items()}
+        return {**super().fit(capture, progress=progress), **rooms}
 
     def fit_layer(
         self, shape: LayerShape, rope: Rope | None, samples: "Iterable[LayerSample]", *, layer: int

@@ -1,4 +1,4 @@
-"""Where the blocks of a tiered cache lie: one pool per tier, and the originals that host memory still has.
+"""Where the blocks of a tiered cache lie: one pool per tier.
 
 A pool holds the units of one tier (``tiered/places.py``), in the order of their numbers, as its codec packed them: the
 fields of the codec's NamedTuple with a row per unit, [B, units, ...]. The tier of every unit is all it takes to find
@@ -11,13 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kvtool.errors import ModelError
 from kvtool.methods.base import LayerCalibration, Method, mapped
 from kvtool.methods.finite import require_finite
 from kvtool.packing import PAGE
 from kvtool.tiered.places import FRESH
-
-HOST_BOOKS = 8 + 8  # bytes of an original's number and last use
 
 
 class TieredKV(NamedTuple):
@@ -58,19 +55,6 @@ class Source(NamedTuple):
     keys: Tensor
     values: Tensor
     original: Tensor
-
-
-class Host(NamedTuple):
-    """Originals in host memory, at most as many as the budget holds.
-
-    keys, values: 16-bit [B, M, 64, D]. unit: int64 [B, M], whose they are; -1 for nobody's. used: int64 [B, M], queries
-    seen when the unit last was stored or mattered.
-    """
-
-    keys: Tensor
-    values: Tensor
-    unit: Tensor
-    used: Tensor
 
 
 def restore(kv: TieredKV, codecs: Sequence[Codec], blocks: Tensor, first: int, heads: int) -> tuple[Tensor, Tensor]:
@@ -155,96 +139,6 @@ def _positions(blocks: Tensor, first: int) -> Tensor:
     return (first + PAGE * blocks[:, None] + torch.arange(PAGE, device=blocks.device)).flatten()
 
 
-def empty_host(keys: Tensor) -> Host:
-    """Nothing held, for a cache like ``keys`` [B, H, T, D]."""
-    nothing = torch.empty(len(keys), 0, PAGE, keys.shape[-1], dtype=half(keys.dtype))
-    none = torch.empty(len(keys), 0, dtype=torch.int64)
-    return Host(nothing, nothing, none, none)
-
-
 def half(dtype: torch.dtype) -> torch.dtype:
     """The 16-bit type of what is called exact: the model's own if it has 16 bits."""
     return dtype if dtype.itemsize == 2 else torch.float16
-
-
-def held(host: Host, units: int) -> Tensor:
-    """Whether the original of each unit is there, bool [B, U], on the CPU."""
-    return _slots(host, units) >= 0
-
-
-def recall(host: Host, source: Source, units: int) -> Source:
-    """``source`` with the originals that the host has in place of what was read back from codes."""
-    H = source.keys.shape[1]
-    keys, values, original = source.keys.clone(), source.values.clone(), source.original.clone()
-    slots = _slots(host, units)[:, _units(source, H)]
-    for b in range(len(slots)):
-        n = (slots[b] >= 0).nonzero().squeeze(1)
-        for mine, theirs in ((keys, host.keys), (values, host.values)):
-            mine[b, n % H, n // H] = theirs[b, slots[b, n]].to(mine)
-        original[b, n % H, n // H] = True
-    return source._replace(keys=keys, values=values, original=original)
-
-
-def store(host: Host, source: Source, tier: Tensor, touched: Tensor, step: int, capacity: int) -> Host:
-    """The host after a move: the originals of units that are not hot, the least recently used dropped first.
-
-    touched: bool [B, U], units that mattered to the queries just seen; of equals the newest stay.
-
-    Raises:
-        ModelError: the memory cannot be had.
-    """
-    U, H = tier.shape[1], source.keys.shape[1]
-    slots, units = _slots(host, U), _units(source, H)
-    used = _by_unit(host, host.used, U)
-    used[touched.cpu() & (slots >= 0)] = step
-    places = torch.full_like(slots, -1)  # where source has an original
-    places[:, units] = torch.arange(len(units)).where(source.original.transpose(1, 2).flatten(1).cpu(), -1)
-    used[(places >= 0) & (slots < 0)] = step
-    used[tier.cpu() == 0] = -1
-    M = min(capacity, int((used >= 0).sum(1).max()))
-    order = (used * U + torch.arange(U)).where(used >= 0, -1)
-    kept = order.topk(M, 1).indices.sort(1).values
-    there = used.gather(1, kept)
-    if torch.equal(kept.where(there >= 0, -1), host.unit):
-        return host._replace(used=there)
-    try:
-        keys, values = (
-            _copied(old, new, slots.gather(1, kept), places.gather(1, kept))
-            for old, new in ((host.keys, source.keys), (host.values, source.values))
-        )
-    except (RuntimeError, MemoryError) as error:
-        size = 4 * kept.numel() * PAGE * source.keys.shape[-1]
-        raise ModelError(
-            f"tiered: expected {size} bytes of host memory for the originals of one layer, found less; "
-            "use a smaller -o host_mib"
-        ) from error
-    return Host(keys, values, kept.where(there >= 0, -1), there)
-
-
-def _copied(old: Tensor, new: Tensor, slots: Tensor, places: Tensor) -> Tensor:
-    """Rows of ``old`` [B, M', 64, D] at ``slots`` [B, M], or else of ``new`` [B, H, M'', 64, D] at ``places``."""
-    B, H = new.shape[:2]
-    copy = torch.zeros(*slots.shape, *old.shape[2:], dtype=old.dtype)
-    for b in range(B):
-        stays = slots[b] >= 0
-        comes = ~stays & (places[b] >= 0)
-        copy[b, stays] = old[b, slots[b, stays]]
-        n = places[b, comes]
-        copy[b, comes] = new[b, n % H, n // H].to(copy)
-    return copy
-
-
-def _units(source: Source, heads: int) -> Tensor:
-    """The numbers of the units of ``source``, [M * H], on the CPU."""
-    return (source.blocks.cpu()[:, None] * heads + torch.arange(heads)).flatten()
-
-
-def _slots(host: Host, units: int) -> Tensor:
-    """Where the host has each unit, int64 [B, U]; -1: nowhere."""
-    return _by_unit(host, torch.arange(host.unit.shape[1]).expand_as(host.unit), units)
-
-
-def _by_unit(host: Host, x: Tensor, units: int) -> Tensor:
-    """``x`` [B, M] of the host's slots by unit, [B, U]; -1 for those it does not have."""
-    found = torch.full((len(x), units + 1), -1)
-    return found.scatter_(1, host.unit.where(host.unit >= 0, units), x)[:, :units]

@@ -1,5 +1,8 @@
 """Tiered: blocks change places, never their order, and never cost more than the budget."""
 
+import errno
+import os
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -7,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvtool import attention
+from kvtool import attention, home
 from kvtool.bounds.claims import check_claims
 from kvtool.calibration import CachePolicy, Calibration
 from kvtool.capture import Capture
@@ -18,7 +21,7 @@ from kvtool.methods import make_method
 from kvtool.methods.base import LayerCalibration, nbytes
 from kvtool.runtime import exact_prefill, serve
 from kvtool.shapes import LayerKind, LayerShape
-from kvtool.tiered import places, pools
+from kvtool.tiered import originals, places
 from kvtool.tiered.places import FRESH, Damage
 
 PLAIN = dict(do_sample=False, pad_token_id=0, eos_token_id=None)
@@ -222,11 +225,11 @@ def test_the_host_keeps_what_was_used_last_within_its_bytes():
     unit = 4 * 64 * 32 + 16  # a block of one head in 16 bits, and its books
     cache = Cache(layer_of(method, shares=(0.0, 0.0, 1.0, 0.0), host=6 * unit), method)
     cache.step(5)
-    assert cache.state.host.unit[0].tolist() == [4, 5, 6, 7, 8, 9]  # of equals the newest
+    assert cache.state.held.host.unit[0].tolist() == [4, 5, 6, 7, 8, 9]  # of equals the newest
     cache.step(shares=pointed(5, 2))  # block 2 matters to both heads
     cache.step(1)
-    assert cache.state.host.unit[0].tolist() == [4, 5, 8, 9, 10, 11]
-    held = cache.state.host
+    assert cache.state.held.host.unit[0].tolist() == [4, 5, 8, 9, 10, 11]
+    held = cache.state.held.host
     assert nbytes(held) == 6 * unit
     assert method.host_bytes(cache.state) == nbytes(held)
     for slot, u in enumerate(held.unit[0].tolist()):
@@ -234,11 +237,78 @@ def test_the_host_keeps_what_was_used_last_within_its_bytes():
         torch.testing.assert_close(held.keys[0, slot].float(), cache.keys[0, u % 2, block], rtol=1e-3, atol=1e-3)
 
 
+def test_what_the_host_has_no_room_for_goes_to_the_file_and_comes_back():
+    unit = 4 * 64 * 32 + 16
+    method = make_method("tiered", {"cooldown": 0, "halflife": 1e-3, "recency": 0.0})
+    layer = layer_of(method, shares=(0.1, 0.0, 0.9, 0.0), host=4 * unit)
+    filed = replace(layer, tensors={**layer.tensors, "disk_bytes": torch.tensor(100 * unit)})
+    roomy = replace(layer, tensors={**layer.tensors, "host_bytes": torch.tensor(100 * unit)})
+    one, other = (Cache(x, method, B=2, dtype=torch.float16) for x in (filed, roomy))
+    for at in (None, 2, 7, 2, 9, 0):
+        for cache in (one, other):
+            cache.step(10 if at is None else 0, None if at is None else pointed(10, at))
+        host, disk = one.state.held
+        assert host.unit.shape[1] == 4
+        for b in range(2):
+            # nobody is in both, the newest in memory, and all that is not hot is somewhere
+            units = [x[x >= 0].tolist() for x in (host.unit[b], disk.unit[b])]
+            assert sorted(units[0] + units[1]) == (one.kv.tier[b] > 0).nonzero().squeeze(1).tolist()
+            assert host.used[b].min() >= disk.used[b].max()
+            for row, u in enumerate(disk.unit[b].tolist()):
+                block = slice(u // 2 * 64, u // 2 * 64 + 64)
+                assert u < 0 or torch.equal(disk.values[b, row], one.values[b, u % 2, block])
+        # where originals lie changes nothing
+        assert torch.equal(one.kv.tier, other.kv.tier)
+        assert torch.equal(one.read().keys, other.read().keys)
+    assert method.host_bytes(one.state) == 2 * 4 * unit
+    assert 2 * 14 * unit <= method.disk_bytes(one.state) <= 2 * 100 * unit
+    assert not list(home.home().iterdir())  # the file has no name
+
+
+def test_the_file_drops_what_was_used_least_recently_and_grows_within_its_budget():
+    unit = 4 * 64 * 32 + 16
+    method = make_method("tiered", {"cooldown": 0, "recency": 0.0})
+    layer = layer_of(method, shares=(0.0, 0.0, 1.0, 0.0), host=0)
+    cache = Cache(replace(layer, tensors={**layer.tensors, "disk_bytes": torch.tensor(6 * unit)}), method)
+    held = []
+    for _ in range(4):
+        cache.step(1)
+        held.append(sorted(u for u in cache.state.held.disk.unit[0].tolist() if u >= 0))
+    assert held == [[0, 1], [0, 1, 2, 3], [0, 1, 2, 3, 4, 5], [2, 3, 4, 5, 6, 7]]
+    assert method.host_bytes(cache.state) == 0
+    assert method.disk_bytes(cache.state) == 6 * unit
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
+def test_a_disk_that_is_full_or_read_only_is_said_in_one_sentence(code, monkeypatch):
+    def refused(*args):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "posix_fallocate", refused)
+    method = make_method("tiered")
+    layer = layer_of(method, host=0)
+    with pytest.raises(ModelError, match=f"bytes of disk under .*{os.strerror(code)}.*smaller -o disk_mib") as error:
+        Cache(replace(layer, tensors={**layer.tensors, "disk_bytes": torch.tensor(1 << 30)}), method).step(3)
+    assert "\n" not in str(error.value)
+
+
+def test_the_file_is_served_and_counted_apart(half_model):
+    method = make_method("tiered", {"tiers": "0,0,50,50", "disk_mib": 64})
+    calibration = served_calibration(half_model, method, (0.0, 0.0, 0.5, 0.5), host=0)
+    calibration = replace(calibration, tensors={**calibration.tensors, "disk_bytes": torch.tensor(1 << 30)})
+    ids = prompt(300)
+    with serve(half_model, calibration) as cache:
+        half_model.generate(ids, max_new_tokens=2, past_key_values=cache, **PLAIN)
+        size = cache.nbytes()
+    assert size.host == 0
+    assert size.disk >= 2 * 6 * (4 * 64 * 32 + 16)  # 2 layers of 3 blocks of 2 heads
+
+
 def test_host_memory_that_cannot_be_had_is_said(monkeypatch):
     def exhausted(*args):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(pools, "_copied", exhausted)
+    monkeypatch.setattr(originals._Found, "read", exhausted)
     method = make_method("tiered")
     with pytest.raises(ModelError, match="bytes of host memory .* use a smaller -o host_mib"):
         Cache(layer_of(method), method).step(3)
