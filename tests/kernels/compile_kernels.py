@@ -62,6 +62,7 @@ def jobs(target: str):
     square = {"D": 128, "C": 128, "DIMS": 128, "CHANNELS": 128, "PDL": hopper}
     yield "prepare", query.prepare, {**dims, **square, "PER": 128, "S": 1, "TILE": 16}, {"num_warps": 8}
     yield "merge", merge.merge, {**dims, **square, "SPLITS": 64, "SLOTS": None}, {"num_warps": 8}
+    yield from level_jobs(dims, square, target)
     yield "mean", mean._polynomial, {"HALF": 64, "BLOCK": 64}, {"num_warps": 4}
     four = (4, 4, 4, 4)
     units = {"GROUPS": 4, "OFFSETS": starts(four), "HALF": 64, "DIMS": 128, "H": 8, "D": 128, "C": 128, "SCALE": 1}
@@ -80,7 +81,6 @@ def jobs(target: str):
         signs = {"BITS": 128, "KEY_GROUPS": 4, "VALUE_GROUPS": 4, "COSINE": True, "HELD": True, "BIASED": False}
         codes = {"VALUE_WIDTH": 4, "VALUE_UNIT": decode_affine.UNIT[4], "VALUE_ZERO": 0, "PDL": hopper}
         yield "h1b", decode_h1b.decode, {**dims, **loop, **signs, **codes}, {"num_warps": 4, **limit}
-    yield from level_jobs(dims, square, target)
     yield from top_p_jobs(dims | {"PDL": hopper}, target)
     widths = {"4": (four, four), "mixed": ((4, 2, 2, 1), (3, 2, 2, 2)), "1": ((1,) * 4, (1,) * 4)}
     for name, (keys, values) in (widths | {"gains": ((4, 2), (2, 1))}).items():
