@@ -1,5 +1,6 @@
 """A pass key trial hides one key, asks for it after the context is compressed, and believes only the exact answer."""
 
+import copy
 import random
 
 import pytest
@@ -81,8 +82,35 @@ def test_a_question_that_is_compressed_with_the_context(tokenizer, haystack, que
     assert text.strip().endswith(asked) if question == "end" else text.strip().startswith(asked)
 
 
+def test_a_second_question_comes_after_a_first_one_and_its_answer(tokenizer, haystack):
+    (after,) = make_prompts(tokenizer, haystack, context=900, trials=1, seed=0)
+    (prompt,) = make_prompts(tokenizer, haystack, context=900, trials=1, seed=0, question="second")
+    assert (prompt.key, prompt.answer) == (after.key, after.answer)
+    assert len(prompt.context) + len(prompt.question) + len(prompt.answer) == 900
+    first = "\n\nIn which language is the provided text written?\nThe provided text is written in English.\n\n"
+    assert tokenizer.decode(prompt.context).endswith(first)
+    assert tokenizer.decode(prompt.question) == (
+        "What is the secret pass key mentioned in the provided text?\nThe secret pass key is:"
+    )
+
+
+def test_turns_are_those_of_the_chat_template(tokenizer, haystack):
+    chat = copy.copy(tokenizer)
+    chat.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    (prompt,) = make_prompts(chat, haystack, context=900, trials=1, seed=0, question="second")
+    text = tokenizer.decode(prompt.context + prompt.question)
+    assert text.startswith("<user>A secret pass key")
+    assert text.endswith(
+        "\n\nIn which language is the provided text written?</s><assistant>The provided text is written in English."
+        "</s><user>What is the secret pass key mentioned in the provided text?</s><assistant>The secret pass key is:"
+    )
+
+
 def test_an_unknown_place_of_the_question_is_refused():
-    with pytest.raises(InputError, match="--passkey-question before: expected after, end or start"):
+    with pytest.raises(InputError, match="--passkey-question before: expected after, end, start or second"):
         parse_question("before")
 
 

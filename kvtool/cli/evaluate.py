@@ -41,7 +41,10 @@ def evaluate(
     passkey_context: Annotated[str, typer.Option(help="Tokens of a pass key prompt, all in all.")] = "4k",
     passkey_trials: Annotated[int, typer.Option(min=1, help="Prompts, at depths from 0 to 100 %.")] = 22,
     passkey_question: Annotated[
-        str, typer.Option(help="Asked after the context is compressed, or compressed with it: after, end or start.")
+        str,
+        typer.Option(
+            help="Asked after compression, compressed with the context, or in a second turn: after, end, start, second."
+        ),
     ] = "after",
     haystack: Annotated[str, typer.Option(help="Text the pass key is hidden in.")] = "austen",
     sinks: Annotated[

@@ -5,7 +5,8 @@ chat question, an answer begun by us. The context is compressed before the quest
 give the key token for token. ``multikey`` hides four labelled keys and asks for one.
 
 The question may be compressed with the context as well: at its end, where the last queries know what is asked for, or
-as its start, where a method that looks at the last queries must do without.
+as its start, where a method that looks at the last queries must do without. Or it is the second one: a first question,
+about something else, is compressed with its answer, so that the last queries know of another matter.
 """
 
 import random
@@ -21,7 +22,7 @@ from kvtool.errors import InputError
 from kvtool.evaluate.intervals import clopper_pearson
 from kvtool.evaluate.measure import begin_of_text
 
-Question = Literal["after", "end", "start"]
+Question = Literal["after", "end", "start", "second"]
 DEPTHS = tuple(i / 10 for i in range(11))
 _SNAP = 80  # tokens that a needle moves back to stand after a sentence
 
@@ -32,6 +33,8 @@ _INTRO = (
 _NEEDLE = "\n\nThe secret pass key is: {key}. Remember it. The secret pass key is: {key}.\n\n"
 _QUESTION = "\n\nWhat is the secret pass key mentioned in the provided text?"
 _ANSWER = "The secret pass key is:"
+_FIRST = "\n\nIn which language is the provided text written?"
+_FIRST_ANSWER = "The provided text is written in English."
 
 _MULTI_INTRO = (
     "Several secret pass keys are hidden within the following text. Make sure to memorize them. "
@@ -80,12 +83,12 @@ def parse_question(text: str) -> Question:
     """Where the question stands.
 
     Raises:
-        InputError: anything but after, end or start.
+        InputError: anything but after, end, start or second.
     """
     for name in get_args(Question):
         if text == name:
             return name
-    raise InputError(f"--passkey-question {text}: expected after, end or start")
+    raise InputError(f"--passkey-question {text}: expected after, end, start or second")
 
 
 def make_prompts(
@@ -166,11 +169,13 @@ def _prompt(
     # a chat template spells out its first token itself
     first = question.strip() + "\n\n" if asked == "start" else ""
     head = ([] if before else begin_of_text(tokenizer)) + encode(before + first + intro)
+    turn = _next_turn(tokenizer) if asked == "second" else ""
     # what is compressed after the haystack, and what is read once it is
     last, tail = {
         "after": ([], encode(question + between + begun)),
         "end": (encode(question + between), encode(begun)),
         "start": (encode(between), encode(begun)),
+        "second": (encode(_FIRST + between + _FIRST_ANSWER + turn), encode(question.strip() + between + begun)),
     }[asked]
     expected = encode(begun + " " + key)[len(encode(begun)) :]
     hidden = [(d, encode(text)) for d, text in needles]
@@ -195,6 +200,17 @@ def _chat(tokenizer: Any) -> tuple[str, str]:
     whole = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     before, _, between = whole.partition(mark)
     return before, between
+
+
+def _next_turn(tokenizer: Any) -> str:
+    """What stands between an answer and the user's next words."""
+    if not getattr(tokenizer, "chat_template", None):
+        return "\n\n"
+    marks = ("@kvtool0@", "@kvtool1@", "@kvtool2@")
+    roles = ("user", "assistant", "user")
+    messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+    whole: str = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return whole.partition(marks[1])[2].partition(marks[2])[0]
 
 
 def _hide(tokenizer: Any, hay: list[int], hidden: Sequence[tuple[float, list[int]]]) -> list[int]:

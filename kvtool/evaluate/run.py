@@ -39,7 +39,8 @@ class Protocol:
     prefix: tokens compressed before scoring. score: tokens scored after them. segments: stretches of text.
     chunk: tokens scored in one forward pass; within it they see each other exactly, afterwards as the cache keeps them.
     generated: what is scored was sampled from the full cache after each prefix, instead of read from the text.
-    passkey_question: ``after`` the context is compressed, or with it: at its ``end`` or as its ``start``.
+    passkey_question: ``after`` the context is compressed, or with it: at its ``end`` or as its ``start``;
+        or ``second``, after a first one about something else was compressed with it.
     """
 
     tasks: tuple[str, ...] = ("kld", "passkey")
