@@ -107,13 +107,18 @@ def default_subject(model_shape: str, bits: int) -> Subject:
     """Data-free turboquant at ``bits``, fitted to nothing, in the shape of a known model."""
     if model_shape not in MODEL_SHAPES:
         raise InputError(f"--model-shape {model_shape}: expected one of {', '.join(MODEL_SHAPES)}")
-    options = {"k_bits": bits, "v_bits": bits, "codebook": "sphere", "mean": "none", "outliers": "first"}
-    method = make_method("turboquant", options, where="--bits")
+    method = data_free_method(bits)
     shape = MODEL_SHAPES[model_shape]
     tensors = method.fit_layer(shape, None, _no_samples(), layer=0)
     return Subject(
         method, LayerCalibration(0, shape, None, tensors), f"data-free turboquant at {bits} bits, {model_shape}"
     )
+
+
+def data_free_method(bits: int) -> Method:
+    """turboquant that is fitted to nothing."""
+    options = {"k_bits": bits, "v_bits": bits, "codebook": "sphere", "mean": "none", "outliers": "first"}
+    return make_method("turboquant", options, where="--bits")
 
 
 def _no_samples() -> Iterator[Any]:

@@ -30,18 +30,29 @@ def bench(
     fail_if_slower_than: Annotated[
         float | None, typer.Option(help="Exit 1 unless every step measured is at least this many times as fast.")
     ] = None,
+    e2e: Annotated[bool, typer.Option("--e2e", help="A whole model with random weights, not one layer.")] = False,
+    prefill: Annotated[str, typer.Option(help="With --e2e, tokens of a real prefill, or 0 for none.")] = "16k",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per record.")] = False,
 ) -> None:
     """Time one layer's decode attention from the compressed cache against the full cache; wrong code is not timed.
 
     Example: `kvtool bench --ladder 4k..128k --batch 1,4`
     """
-    import torch
-
     from kvtool.bench import Request, bench
 
+    if e2e:
+        from kvtool.cli import end_to_end
+
+        chosen = _device(device)
+        contexts = [parse_tokens(part) for part in context.split(",")]
+        batches = [_batch(part) for part in batch.split(",")]
+        tokens = 0 if prefill == "0" else parse_tokens(prefill)
+        options = {"backend": backend, "prefill": tokens, "device": chosen, "as_json": as_json}
+        records = end_to_end.run(model_shape, bits, calibration, contexts, batches, **options)
+        _gate(records, fail_if_slower_than)
+        return
     subject = _subject(model_shape, bits, calibration)
-    chosen = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
+    chosen = _device(device)
     contexts = _ladder(ladder) if ladder else [parse_tokens(part) for part in context.split(",")]
     request = Request(contexts, [_batch(part) for part in batch.split(",")], _baselines(baseline), backend)
     talk.print(f"bench: {subject.origin}, on {chosen.type}")
@@ -74,6 +85,12 @@ def _subject(model_shape: str | None, bits: int, calibration: Path | None) -> An
         except InputError:
             return default_subject("llama-3.1-8b", bits)
     return subject_of(Calibration.load(calibration), str(calibration))
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
 
 
 def _ladder(text: str) -> list[int]:
