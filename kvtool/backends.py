@@ -92,6 +92,11 @@ class Backend:
             return type(method).attend is Method.attend
         return "pages" in signature(self.kernel.attend).parameters
 
+    def resident(self, kv: Any) -> int:
+        """Bytes that the kernel keeps beside a compressed part: what says where its pages are."""
+        beside = getattr(self.kernel, "resident", None)
+        return 0 if beside is None else beside(kv)
+
     def compress(
         self,
         method: Method,

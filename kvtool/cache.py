@@ -311,6 +311,7 @@ class CompressedCache(Cache):
             if isinstance(layer, CompressedLayer):
                 host += layer.method.host_bytes(layer.carry)
                 disk += layer.method.disk_bytes(layer.carry)
+                resident += sum(self.backend.resident(kv) for kv, _ in layer.parts.read(layer.keys.device))
             compressed, exact, exact_values = compressed + packed, exact + size, exact_values + held
             # not from what is held: without sinks and window it may be nothing
             B, H, _, D = layer.keys.shape
