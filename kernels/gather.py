@@ -17,15 +17,15 @@ from kvtool.kernels.nucleus import (
     EXACT_BINS,
     EXACT_RATE,
     LIKELY_BINS,
-    LIKELY_RATE,
     admitted_bins,
     bin_of,
     candidate_bins,
     kept_bins,
-    likely,
+    likely_counts,
     moments,
+    upper_mass,
 )
-from kvtool.kernels.sketch import FACTS, FLOOR
+from kvtool.kernels.sketch import FLOOR
 
 WEIGHTS = tl.constexpr(4)  # of a row's share: mass of what is listed, of the rest, of the last exact bin; largest logit
 CUTS = tl.constexpr(4)  # of a row: last bins of candidates, of those admitted later and of kept; top
@@ -35,9 +35,7 @@ CUTS = tl.constexpr(4)  # of a row: last bins of candidates, of those admitted l
 def rescore(
     QUERIES,  # [B, HQ, S, D]
     KEYS,  # [B, H, T, D]
-    ESTIMATES,  # as in nucleus.count_likely
-    CODE_SCALES,
-    FACTS_IN,
+    PLACES,  # as nucleus.weigh leaves them
     SUMS_IN,
     PAGES,
     COUNTS,
@@ -57,9 +55,6 @@ def rescore(
     key_b,
     key_h,
     key_t,
-    scale_b,
-    scale_h,
-    scale_p,
     T,
     room,
     factor,  # softmax scale * log2 e
@@ -92,9 +87,9 @@ def rescore(
         gdc_launch_dependents()
         gdc_wait()
     tokens = tl.load(PAGES + b) * 64
-    mean, variance, top = moments(SUMS_IN, program, r, score_splits, tokens, SCORE_SPLITS, ROWS)
-    noise = tl.load(FACTS_IN + (program * ROWS + r) * FACTS + 3)
-    last = candidate_bins(COUNTS, DEEP, program, r, live, count_splits, share, COUNT_SPLITS, ROWS)
+    _, _, top = moments(SUMS_IN, program, r, score_splits, tokens, SCORE_SPLITS, ROWS)
+    counts, lowest = likely_counts(COUNTS, DEEP, program, r, live, count_splits, COUNT_SPLITS, ROWS)
+    last = candidate_bins(counts, lowest, live, share)
     before = tl.full([USED], -1, tl.int32)
     found, deep = tl.zeros([USED], tl.float32), tl.zeros([USED], tl.float32)
     largest = tl.full([USED], FLOOR, tl.float32)
@@ -102,42 +97,61 @@ def rescore(
     share_at = program * splits + split
     programs = tl.num_programs(0)
     n = 0
-    rest = tl.zeros([USED], tl.float32)
+    known = tl.zeros([USED], tl.float32)
     if AGAIN:
         before = last
         weights = WEIGHT + (share_at * ROWS + r) * WEIGHTS
         found, deep = tl.load(weights), tl.load(weights + 2)
         largest = tl.load(weights + 3)
         n = tl.load(NUMBER + share_at)
-        heavy, left, _, _ = weights_of(WEIGHT, program, r, live, splits, SPLITS, ROWS)
+        heavy, rest, _, _ = weights_of(WEIGHT, program, r, live, splits, SPLITS, ROWS)
         allowed = heavy * (1 - share) / share
-        lacking = live & (left > allowed)
-        last = admitted_bins(COUNTS, DEEP, program, r, live, allowed, count_splits, COUNT_SPLITS, ROWS)
-        last = tl.where(lacking, last, -1)
+        lacking = live & (rest > allowed)
+        last = tl.where(lacking, admitted_bins(counts, lowest, allowed), -1)
         if tl.max(lacking.to(tl.int32), 0) == 0:
             blocks = 0
-            rest = tl.load(weights + 1)
+            known = tl.load(weights + 1)
         if split == 0:
             to = CUT + (program * ROWS + r) * CUTS
             tl.store(to, before.to(tl.float32), mask=live)
             tl.store(to + 1, last.to(tl.float32), mask=live)
             tl.store(to + 3, top, mask=live)
+    # of the deepest bin the mass is known, all of it counts as the first program's
+    deepest = tl.where((split == 0) & (tl.maximum(before, last) < LIKELY_BINS - 1), lowest, 0.0)
     list_at = LISTS + share_at.to(tl.int64) * room
     start = n
+    places = PLACES + program.to(tl.int64) * ((USED + 3) // 4) * T
+    rest = ()
+    befores, lasts = (), ()
+    for i in tl.static_range(USED):
+        rest = rest + (tl.zeros([BLOCK], tl.float32),)
+        befores = befores + (tl.sum(tl.where(r == i, before, 0), 0),)
+        lasts = lasts + (tl.sum(tl.where(r == i, tl.maximum(before, last), 0), 0),)
     for block in tl.range(split, blocks, splits, num_stages=3):
         at = block * BLOCK + tl.arange(0, BLOCK)
-        y = ESTIMATES + (program.to(tl.int64) * ROWS + r[:, None]) * T + at[None, :]
-        y = tl.load(y, mask=live[:, None] & (at < tokens)[None, :], other=0.0).to(tl.float32)
-        k = CODE_SCALES + b * scale_b + h * scale_h + (at // 64).to(tl.int64) * scale_p + at % 64
-        k = tl.load(k, mask=at < tokens, other=0.0).to(tl.float32)
-        depth = top[:, None] - likely(y, k[None, :], mean[:, None], variance[:, None], noise[:, None])
-        place = bin_of(depth, LIKELY_RATE, LIKELY_BINS)
-        # of rows that are not live, both bins are -1
-        listed = tl.max((place <= before[:, None]).to(tl.int32), 0) > 0
-        wanted = tl.max((place <= last[:, None]).to(tl.int32), 0) > 0
-        out = ~(listed | wanted) & (at < tokens)
-        rest += tl.sum(tl.where(out[None, :], tl.exp2(-depth), 0.0), 1)
-        n = _append(list_at, n, at, wanted & ~listed & (at < tokens))
+        inside = at < tokens
+        # bins from a token to the last one wanted, and to what is listed: the compiler is better at numbers than truths
+        behind = tl.full([BLOCK], LIKELY_BINS, tl.int32)
+        ahead = tl.zeros([BLOCK], tl.int32)
+        words = ()
+        for i in tl.static_range((USED + 3) // 4):
+            words = words + (tl.load(places + i * T.to(tl.int64) + at, mask=inside, other=0),)
+        for i in tl.static_range(USED):
+            place = (words[i // 4] >> (8 * (i % 4))) & 255
+            behind = tl.minimum(behind, place - lasts[i])
+            if AGAIN:
+                ahead = tl.maximum(ahead, befores[i] + 1 - place)
+        behind = tl.where(inside, behind, -LIKELY_BINS)
+        left = behind > 0
+        new_rest = ()
+        for i in tl.static_range(USED):
+            place = (words[i // 4] >> (8 * (i % 4))) & 255
+            new_rest = new_rest + (rest[i] + tl.where(left & (place < LIKELY_BINS - 1), upper_mass(place), 0.0),)
+        rest = new_rest
+        n = _append(list_at, n, at, (behind <= 0) & (behind > -LIKELY_BINS) & (ahead == 0))
+    for i in tl.static_range(USED):
+        known += tl.where(r == i, tl.sum(rest[i], 0), 0.0)
+    known += tl.where(blocks > 0, deepest, 0.0)
     tl.debug_barrier()
 
     rows, d, t = tl.arange(0, 16), tl.arange(0, DIMS), tl.arange(0, TILE)
@@ -157,7 +171,7 @@ def rescore(
         )
     tl.debug_barrier()
 
-    counts = tl.zeros([USED * EXACT_BINS], tl.int32)
+    hits = tl.zeros([USED * EXACT_BINS], tl.int32)
     w = tl.arange(0, 256)
     for i in tl.range(start, n, 256):
         inside = live[:, None] & (i + w < n)[None, :]
@@ -168,14 +182,14 @@ def rescore(
         deep += tl.sum(tl.where(place == EXACT_BINS - 1, mass, 0.0), 1)
         largest = tl.maximum(largest, tl.max(x, 1))
         # what lies outside is counted in the last bin, whose count nobody reads
-        counts += tl.histogram((place + r[:, None] * EXACT_BINS).reshape(USED * 256), USED * EXACT_BINS)
+        hits += tl.histogram((place + r[:, None] * EXACT_BINS).reshape(USED * 256), USED * EXACT_BINS)
     bins = tl.arange(0, USED * EXACT_BINS)
     to = COUNTS + (program * ROWS + bins // EXACT_BINS) * BINS + LIKELY_BINS + bins % EXACT_BINS
-    tl.atomic_add(to, counts, mask=counts > 0, sem="relaxed")
+    tl.atomic_add(to, hits, mask=hits > 0, sem="relaxed")
     share_at += programs * splits if AGAIN else 0
     to = WEIGHT + (share_at * ROWS + r) * WEIGHTS
     tl.store(to, found)
-    tl.store(to + 1, rest)
+    tl.store(to + 1, known)
     tl.store(to + 2, deep)
     tl.store(to + 3, largest)
     tl.store(NUMBER + share_at, n)

@@ -20,16 +20,18 @@ BINS = tl.constexpr(192)
 
 
 @triton.jit(do_not_specialize=["splits", "score_splits"])
-def count_likely(
+def weigh(
     ESTIMATES,  # float16 [programs, ROWS, T], in page order
     CODE_SCALES,
     FACTS_IN,  # float32 [programs, ROWS, FACTS]
     SUMS_IN,  # float32 [programs, score_splits, ROWS, SUMS]
     PAGES,  # int32 [B], pages in use
+    PLACES,  # int32 [programs, WORDS, T], the bins of four rows a word, in page order
     COUNTS,  # int32 [programs, ROWS, BINS], cleared before
     DEEP,  # float32 [programs, splits, ROWS], mass of the last bin
     splits,
     score_splits,
+    used_rows,
     scale_b,
     scale_h,
     scale_p,
@@ -38,35 +40,53 @@ def count_likely(
     H: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
+    USED: tl.constexpr,  # rows in use, rounded up to a power of two
     BLOCK: tl.constexpr,  # tokens at a time
     PDL: tl.constexpr,
 ):
-    """One program: a share of one row's tokens."""
-    program, r, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """One program: the bins of a share of the tokens, for all rows."""
+    program, split = tl.program_id(0), tl.program_id(1)
     b = (program // BLOCKS // H).to(tl.int64)
     h = (program // BLOCKS % H).to(tl.int64)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     tokens = tl.load(PAGES + b) * 64
-    mean, variance, top = moments(SUMS_IN, program, r + tl.arange(0, 1), score_splits, tokens, SCORE_SPLITS, ROWS)
-    noise = tl.load(FACTS_IN + (program * ROWS + r) * FACTS + 3)
-    counts = tl.zeros([LIKELY_BINS], tl.int32)
-    deep = tl.zeros([BLOCK], tl.float32)
-    estimates = ESTIMATES + (program.to(tl.int64) * ROWS + r) * T
+    WORDS: tl.constexpr = (USED + 3) // 4
+    facts, counts, deep = (), (), ()
+    for i in tl.static_range(USED):
+        mean, variance, top = moments(SUMS_IN, program, i + tl.arange(0, 1), score_splits, tokens, SCORE_SPLITS, ROWS)
+        noise = tl.load(FACTS_IN + (program * ROWS + i) * FACTS + 3)
+        facts = facts + ((mean, 1 / variance, top, noise),)
+        counts = counts + (tl.zeros([LIKELY_BINS], tl.int32),)
+        deep = deep + (tl.zeros([BLOCK], tl.float32),)
+    estimates = ESTIMATES + program.to(tl.int64) * ROWS * T
+    places = PLACES + program.to(tl.int64) * WORDS * T
     scales = CODE_SCALES + b * scale_b + h * scale_h
     for block in tl.range(split, tl.cdiv(tokens, BLOCK), splits, num_stages=3):
         at = block * BLOCK + tl.arange(0, BLOCK)
-        y = tl.load(estimates + at, mask=at < tokens, other=0.0).to(tl.float32)
-        k = tl.load(scales + (at // 64).to(tl.int64) * scale_p + at % 64, mask=at < tokens, other=0.0).to(tl.float32)
-        depth = top - likely(y, k, mean, variance, noise)
-        place = tl.where(at < tokens, bin_of(depth, LIKELY_RATE, LIKELY_BINS), LIKELY_BINS - 1)
-        deep += tl.where((place == LIKELY_BINS - 1) & (at < tokens), tl.exp2(-depth), 0.0)
-        counts += tl.histogram(place, LIKELY_BINS)
-    tl.atomic_add(
-        COUNTS + (program * ROWS + r) * BINS + tl.arange(0, LIKELY_BINS), counts, mask=counts > 0, sem="relaxed"
-    )
-    tl.store(DEEP + (program * splits + split) * ROWS + r, tl.sum(deep, 0))
+        inside = at < tokens
+        k = tl.load(scales + (at // 64).to(tl.int64) * scale_p + at % 64, mask=inside, other=0.0).to(tl.float32)
+        k = k * k
+        new_counts, new_deep = (), ()
+        word = tl.zeros([BLOCK], tl.int32)
+        for i in tl.static_range(USED):
+            live = inside & ((program % BLOCKS) * ROWS + i < used_rows)
+            y = tl.load(estimates + i * T.to(tl.int64) + at, mask=live, other=0.0).to(tl.float32)
+            depth = facts[i][2] - likely(y, k * facts[i][3], facts[i][0], facts[i][1])
+            place = tl.where(live, bin_of(depth, LIKELY_RATE, LIKELY_BINS), LIKELY_BINS - 1)
+            weight = tl.where((place == LIKELY_BINS - 1) & live, tl.exp2(-depth), 0.0)
+            new_deep = new_deep + (deep[i] + weight,)
+            new_counts = new_counts + (counts[i] + tl.histogram(place, LIKELY_BINS),)
+            word = word | (place << (8 * (i % 4)))
+            if i % 4 == 3 or i == USED - 1:
+                tl.store(places + (i // 4) * T.to(tl.int64) + at, word, mask=inside)
+                word = tl.zeros([BLOCK], tl.int32)
+        counts, deep = new_counts, new_deep
+    for i in tl.static_range(USED):
+        to = COUNTS + (program * ROWS + i) * BINS + tl.arange(0, LIKELY_BINS)
+        tl.atomic_add(to, counts[i], mask=counts[i] > 0, sem="relaxed")
+        tl.store(DEEP + (program * splits + split) * ROWS + i, tl.sum(deep[i], 0))
 
 
 @triton.jit
@@ -83,12 +103,14 @@ def moments(SUMS_IN, program, rows, splits, tokens, SPLITS: tl.constexpr, ROWS: 
 
 
 @triton.jit
-def likely(y, k, mean, variance, noise):
-    """An upper estimate of log2 E[2^logit] given estimates ``y``, as ``sparse.likely_logits``; ``k``: scales."""
-    v = noise * k * k
-    rho = tl.maximum(1 - v / variance, 0.0)
-    v = HALF_LN2 * v
-    return tl.maximum(mean + rho * (y - mean + v), y + v)
+def likely(y, variance, mean, inverse):
+    """An upper estimate of log2 E[2^logit] given estimates ``y`` of ``variance``, as ``sparse.likely_logits``.
+
+    mean, inverse: of all estimates, their mean and one over their variance.
+    """
+    rho = tl.maximum(1 - variance * inverse, 0.0)
+    raised = y + HALF_LN2 * variance
+    return tl.maximum(mean + rho * (raised - mean), raised)
 
 
 @triton.jit
@@ -98,11 +120,10 @@ def bin_of(depth, RATE: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def candidate_bins(COUNTS, DEEP, program, rows, live, splits, share, SPLITS: tl.constexpr, ROWS: tl.constexpr):
-    """The last bin of candidates of ``rows`` [R], which hold ``share`` of what is likely; -1 for rows not ``live``."""
-    counts, deep = _likely_counts(COUNTS, DEEP, program, rows, live, splits, SPLITS, ROWS)
+def candidate_bins(counts, deep, live, share):
+    """The last bin of candidates of rows [R], which hold ``share`` of what is likely; -1 for rows not ``live``."""
     j = tl.arange(0, LIKELY_BINS)[None, :]
-    # by the middle of a bin: what this leaves out is weighed exactly afterwards
+    # by the middle of a bin: what this leaves out is weighed afterwards
     mass = tl.where(j < LIKELY_BINS - 1, counts * tl.exp2(-(j + 0.5) / LIKELY_RATE), deep[:, None])
     allowed = tl.where(share < 1, (1 - share) * tl.sum(mass, 1), -1.0)
     heavy = tl.cumsum(mass, 1, reverse=True) > allowed[:, None]
@@ -110,9 +131,8 @@ def candidate_bins(COUNTS, DEEP, program, rows, live, splits, share, SPLITS: tl.
 
 
 @triton.jit
-def admitted_bins(COUNTS, DEEP, program, rows, live, allowed, splits, SPLITS: tl.constexpr, ROWS: tl.constexpr):
-    """The last bin of ``rows`` [R] that it takes for the rest to weigh at most ``allowed`` [R]."""
-    counts, deep = _likely_counts(COUNTS, DEEP, program, rows, live, splits, SPLITS, ROWS)
+def admitted_bins(counts, deep, allowed):
+    """The last bin of rows [R] that it takes for the rest to weigh at most ``allowed`` [R]."""
     j = tl.arange(0, LIKELY_BINS)[None, :]
     # the first bin has no upper edge, and is never part of the rest
     mass = tl.where(j < LIKELY_BINS - 1, counts * tl.exp2(-j / LIKELY_RATE), deep[:, None])
@@ -121,14 +141,20 @@ def admitted_bins(COUNTS, DEEP, program, rows, live, allowed, splits, SPLITS: tl
 
 
 @triton.jit
-def _likely_counts(COUNTS, DEEP, program, rows, live, splits, SPLITS: tl.constexpr, ROWS: tl.constexpr):
+def likely_counts(COUNTS, DEEP, program, rows, live, splits, SPLITS: tl.constexpr, ROWS: tl.constexpr):
+    """Tokens in each bin of ``rows`` [R, LIKELY_BINS], float32, and the mass of the last one, [R]."""
     j, s = tl.arange(0, LIKELY_BINS), tl.arange(0, SPLITS)
-    counts = tl.load(
-        COUNTS + (program * ROWS + rows)[:, None] * BINS + j[None, :], mask=live[:, None] & (j >= 0), other=0
-    )
+    at = COUNTS + (program * ROWS + rows)[:, None] * BINS + j[None, :]
+    counts = tl.load(at, mask=live[:, None] & (j >= 0)[None, :], other=0)
     at = DEEP + (program * splits + s)[None, :] * ROWS + rows[:, None]
     deep = tl.sum(tl.load(at, mask=live[:, None] & (s < splits)[None, :], other=0.0), 1)
     return counts.to(tl.float32), deep
+
+
+@triton.jit
+def upper_mass(place):
+    """The mass of the upper edge of a bin of likely logits, 2^(-place/2); 6 % more for odd ones."""
+    return (0x3F800000 - (place << 22)).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
     prepare        queries: rotate, quantise                             kernels/sketch.py
     score          sketch -> estimates, their moments
-    count_likely   estimates -> bins of the likely logit                 kernels/nucleus.py
+    weigh          estimates -> bins of the likely logit                 kernels/nucleus.py
     rescore        candidates: list, exact logits, bins of these         kernels/gather.py
     rescore        what else it takes
     read           what is kept: values, (out, lse) of each split
@@ -38,7 +38,6 @@ from kvtool.kernels.launch import (
 )
 from kvtool.kernels.packed import LOG2E, bias_rows
 
-COUNT_BLOCK = 2048  # tokens that the histogram looks at at a time
 TILE = 64  # rows gathered at a time
 
 
@@ -136,9 +135,10 @@ def attend_sparse(
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    score_splits = max(1, min(3 * wave // programs, -(-N // launch.warps)))
-    count_splits = max(1, min(4 * wave // (programs * live), -(-T // COUNT_BLOCK)))
-    block = 512 if live <= 4 else 256
+    score_splits = max(1, min(4 * wave // programs, triton.cdiv(N, launch.warps)))
+    width = triton.next_power_of_2(live)
+    block = 1024 if width <= 4 else 512
+    count_splits = max(1, min(4 * wave // programs, triton.cdiv(T, block)))
     per_split = triton.cdiv(triton.cdiv(T, block), max(1, 4 * wave // programs))
     splits, room = triton.cdiv(T, block * per_split), block * per_split
     common = {"H": H, "ROWS": rows, "BLOCKS": blocks, "PDL": launch.pdl}
@@ -173,10 +173,11 @@ def attend_sparse(
     )  # fmt: skip
 
     deep = new(programs, count_splits, rows)
+    places = new(programs, triton.cdiv(width, 4), T, dtype=torch.int32)
     score_width, count_width = triton.next_power_of_2(score_splits), triton.next_power_of_2(count_splits)
-    nucleus.count_likely[(programs, live, count_splits)](
-        estimates, kv.code_scales, facts, sums, pages, counts, deep, count_splits, score_splits, *scale_strides, T,
-        SCORE_SPLITS=score_width, BLOCK=COUNT_BLOCK, num_warps=4, **common, **pdl,
+    nucleus.weigh[(programs, count_splits)](
+        estimates, kv.code_scales, facts, sums, pages, places, counts, deep, count_splits, score_splits, used,
+        *scale_strides, T, SCORE_SPLITS=score_width, USED=width, BLOCK=block, num_warps=4, **common, **pdl,
     )  # fmt: skip
 
     lists = new(programs, splits, room, dtype=torch.int32)
@@ -185,18 +186,17 @@ def attend_sparse(
     weight = new(2, programs, splits, rows, gather.WEIGHTS.value)
     cuts = new(programs, rows, gather.CUTS.value)
     options = {
-        "SCORE_SPLITS": score_width, "SPLITS": triton.next_power_of_2(splits), "USED": triton.next_power_of_2(live),
+        "SCORE_SPLITS": score_width, "SPLITS": triton.next_power_of_2(splits), "USED": width,
         "TILE": TILE, "D": D, "DIMS": triton.next_power_of_2(D), "num_warps": 4,
     } | common | pdl  # fmt: skip
     # the interpreter multiplies bfloat16 as if it were integers
     unable = device.type == "cpu" and kv.keys.dtype == torch.bfloat16
-    limit = {"maxnreg": 128} if nvidia(device) and D <= 128 else {}
     for again in (False, True):
         gather.rescore[(programs, splits)](
-            queries, kv.keys, estimates, kv.code_scales, facts, sums, pages, counts, deep, lists, logits, number,
-            weight, cuts, splits, score_splits, count_splits, used, *queries.stride()[:3], *kv.keys.stride()[:3],
-            *scale_strides, T, room, factor, cap, reader.share, AGAIN=again, COUNT_SPLITS=count_width, S=S, BLOCK=block,
-            CAPPED=softcap is not None, WIDE=queries.dtype != kv.keys.dtype or unable, **options, **limit,
+            queries, kv.keys, places, sums, pages, counts, deep, lists, logits, number, weight, cuts, splits,
+            score_splits, count_splits, used, *queries.stride()[:3], *kv.keys.stride()[:3], T, room, factor, cap,
+            reader.share, AGAIN=again, COUNT_SPLITS=count_width, S=S, BLOCK=block, CAPPED=softcap is not None,
+            WIDE=queries.dtype != kv.keys.dtype or unable, **options,
         )  # fmt: skip
 
     out, lse = new(programs, splits, rows, D), new(programs, splits, rows)
@@ -207,6 +207,16 @@ def attend_sparse(
     dims = {"H": H, "ROWS": rows, "BLOCKS": blocks}
     attended = merged(out, lse, identity(D, D, device), (B, HQ, S, D), dims, launch.pdl)
     return attended, Trace(lists, number, logits, cuts, estimates)
+
+
+def traffic(kv: Sketched, kept: Tensor, seen: Tensor) -> dict[str, int]:
+    """Bytes that a step has to read of the cache, given what :meth:`Trace.selection` says was kept and rescored."""
+    row = kv.keys.shape[-1] * kv.keys.element_size()
+    return {
+        "sketch": sum(x.numel() * x.element_size() for x in (kv.code_pages, kv.code_scales, kv.query_terms)),
+        "keys": int(seen.any(2).sum()) * row,
+        "values": int(kept.any(2).sum()) * row,
+    }
 
 
 def check(queries: Tensor, kv: Sketched, reader: Reader) -> None:

@@ -44,7 +44,7 @@ POINTERS = {
     **dict.fromkeys(("KEY_SCALES", "VALUE_SCALES", "SCALES"), "*fp16"),
     **dict.fromkeys(("KEY_NORMS", "KEY_STEPS", "KEY_MINIMA", "VALUE_STEPS", "VALUE_MINIMA"), "*fp16"),
     **dict.fromkeys(("CODE_SCALES", "ESTIMATES", "TERMS"), "*fp16"),
-    **dict.fromkeys(("TABLES", "CODE_PAGES", "COUNTS", "LISTS", "NUMBER"), "*i32"),
+    **dict.fromkeys(("TABLES", "CODE_PAGES", "COUNTS", "PLACES", "LISTS", "NUMBER"), "*i32"),
     **dict.fromkeys(("BIAS",), "*i16"),
     **dict.fromkeys(("QUERY_WORDS", "KEY_CODES", "VALUE_CODES", "KEY_GAINS", "VALUE_GAINS", "TABLE"), "*i32"),
     **dict.fromkeys(("SHARES", "STEPS", "SLOTS", "POSITIONS", "HEADS", "PAIRS", "TURNS"), "*i32"),
@@ -114,18 +114,18 @@ def level_jobs(dims, square, target):
 
 def top_p_jobs(dims, target):
     """The kernels of rabitq's top-p mode."""
-    nvidia, warps = target != "gfx942", {"num_warps": 4}
+    warps = {"num_warps": 4}
     bits = {"S": 1, "D": 128, "P": 128, "DIMS": 128, "CHANNELS": 128, "BITS": 4, "BINS": nucleus.BINS.value}
     yield "rotate", sketch.prepare, {**dims, **bits, "CENTRED": True}, {"num_warps": 8}
-    flags = {"S": 1, "GROUPS": 4, "CAPPED": False, "STAGES": 3, "WARPS": 4, "ASM": nvidia}
-    for name, centred in (("score", False), ("score centred", True)):
+    flags = {"S": 1, "GROUPS": 4, "CAPPED": False, "STAGES": 3, "WARPS": 4, "ASM": target != "gfx942"}
+    everything = target == "sm_90"  # the code does not depend on the target, the compiler's time does
+    for name, centred in (("score", False), ("score centred", True))[: 1 + everything]:
         yield name, sketch.score, {**dims, **flags, "BIASED": centred, "CENTRED": centred}, warps
-    yield "count_likely", nucleus.count_likely, {**dims, "SCORE_SPLITS": 64, "BLOCK": 2048}, warps
+    yield "weigh", nucleus.weigh, {**dims, "SCORE_SPLITS": 64, "USED": 4, "BLOCK": 1024}, warps
     rows = {"SCORE_SPLITS": 64, "SPLITS": 64, "USED": 4, "TILE": 64, "D": 128, "DIMS": 128, "WIDE": False}
-    lists = {"COUNT_SPLITS": 16, "S": 1, "BLOCK": 512, "CAPPED": False}
-    for name, again in (("rescore", False), ("rescore again", True)):
-        limit = {"maxnreg": 128} if nvidia else {}
-        yield name, gather.rescore, {**dims, **rows, **lists, "AGAIN": again}, warps | limit
+    lists = {"COUNT_SPLITS": 16, "S": 1, "BLOCK": 1024, "CAPPED": False}
+    for name, again in (("rescore", False), ("rescore again", True))[1 - everything :]:
+        yield name, gather.rescore, {**dims, **rows, **lists, "AGAIN": again}, warps
     yield "read", gather.read, {**dims, **rows}, warps
 
 
