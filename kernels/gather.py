@@ -70,6 +70,7 @@ def rescore(
     BLOCKS: tl.constexpr,
     USED: tl.constexpr,  # rows in use, rounded up to a power of two
     BLOCK: tl.constexpr,  # tokens looked at at a time
+    EVERY: tl.constexpr,  # of so many tokens one was counted
     TILE: tl.constexpr,  # keys read at a time
     D: tl.constexpr,
     DIMS: tl.constexpr,
@@ -88,7 +89,7 @@ def rescore(
         gdc_wait()
     tokens = tl.load(PAGES + b) * 64
     _, _, top = moments(SUMS_IN, program, r, score_splits, tokens, SCORE_SPLITS, ROWS)
-    counts, lowest = likely_counts(COUNTS, DEEP, program, r, live, count_splits, COUNT_SPLITS, ROWS)
+    counts, lowest = likely_counts(COUNTS, DEEP, program, r, live, count_splits, COUNT_SPLITS, ROWS, EVERY)
     last = candidate_bins(counts, lowest, live, share)
     before = tl.full([USED], -1, tl.int32)
     found, deep = tl.zeros([USED], tl.float32), tl.zeros([USED], tl.float32)

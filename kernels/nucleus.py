@@ -6,6 +6,9 @@ its exact one. Where a guarantee hangs on what is left out, that is weighed by t
 lies deeper than the bins by its own mass: the rules are those of ``sparse.select``, or stricter.
 
     row     | 64 bins of half a unit: all tokens, by likely logit | 128 bins of a quarter: candidates, by exact logit |
+
+Counting is most of the work of a bin. In a long cache every fourth token is counted: it only proposes what to list, for
+the rest is weighed anew over all tokens, and p still is p if the proposal left out up to twice as much as it meant to.
 """
 
 import triton
@@ -42,6 +45,7 @@ def weigh(
     BLOCKS: tl.constexpr,
     USED: tl.constexpr,  # rows in use, rounded up to a power of two
     BLOCK: tl.constexpr,  # tokens at a time
+    EVERY: tl.constexpr,  # 1 or 4: of so many tokens one is counted
     PDL: tl.constexpr,
 ):
     """One program: the bins of a share of the tokens, for all rows."""
@@ -77,7 +81,11 @@ def weigh(
             place = tl.where(live, bin_of(depth, LIKELY_RATE, LIKELY_BINS), LIKELY_BINS - 1)
             weight = tl.where((place == LIKELY_BINS - 1) & live, tl.exp2(-depth), 0.0)
             new_deep = new_deep + (deep[i] + weight,)
-            new_counts = new_counts + (counts[i] + tl.histogram(place, LIKELY_BINS),)
+            counted = place
+            if EVERY == 4:
+                counted, _ = tl.split(place.reshape(BLOCK // 2, 2))
+                counted, _ = tl.split(counted.reshape(BLOCK // 4, 2))
+            new_counts = new_counts + (counts[i] + tl.histogram(counted, LIKELY_BINS),)
             word = word | (place << (8 * (i % 4)))
             if i % 4 == 3 or i == USED - 1:
                 tl.store(places + (i // 4) * T.to(tl.int64) + at, word, mask=inside)
@@ -141,14 +149,16 @@ def admitted_bins(counts, deep, allowed):
 
 
 @triton.jit
-def likely_counts(COUNTS, DEEP, program, rows, live, splits, SPLITS: tl.constexpr, ROWS: tl.constexpr):
+def likely_counts(
+    COUNTS, DEEP, program, rows, live, splits, SPLITS: tl.constexpr, ROWS: tl.constexpr, EVERY: tl.constexpr
+):
     """Tokens in each bin of ``rows`` [R, LIKELY_BINS], float32, and the mass of the last one, [R]."""
     j, s = tl.arange(0, LIKELY_BINS), tl.arange(0, SPLITS)
     at = COUNTS + (program * ROWS + rows)[:, None] * BINS + j[None, :]
     counts = tl.load(at, mask=live[:, None] & (j >= 0)[None, :], other=0)
     at = DEEP + (program * splits + s)[None, :] * ROWS + rows[:, None]
     deep = tl.sum(tl.load(at, mask=live[:, None] & (s < splits)[None, :], other=0.0), 1)
-    return counts.to(tl.float32), deep
+    return counts.to(tl.float32) * EVERY, deep
 
 
 @triton.jit

@@ -39,6 +39,7 @@ from kvtool.kernels.launch import (
 from kvtool.kernels.packed import LOG2E, bias_rows
 
 TILE = 64  # rows gathered at a time
+SAMPLED = 1 << 15  # tokens from which on every fourth is counted
 
 
 class Sketched(NamedTuple):
@@ -138,6 +139,7 @@ def attend_sparse(
     score_splits = max(1, min(4 * wave // programs, triton.cdiv(N, launch.warps)))
     width = triton.next_power_of_2(live)
     block = 1024 if width <= 4 else 512
+    every = 4 if T >= SAMPLED else 1
     count_splits = max(1, min(4 * wave // programs, triton.cdiv(T, block)))
     per_split = triton.cdiv(triton.cdiv(T, block), max(1, 4 * wave // programs))
     splits, room = triton.cdiv(T, block * per_split), block * per_split
@@ -177,7 +179,7 @@ def attend_sparse(
     score_width, count_width = triton.next_power_of_2(score_splits), triton.next_power_of_2(count_splits)
     nucleus.weigh[(programs, count_splits)](
         estimates, kv.code_scales, facts, sums, pages, places, counts, deep, count_splits, score_splits, used,
-        *scale_strides, T, SCORE_SPLITS=score_width, USED=width, BLOCK=block, num_warps=4, **common, **pdl,
+        *scale_strides, T, SCORE_SPLITS=score_width, USED=width, BLOCK=block, EVERY=every, num_warps=4, **common, **pdl,
     )  # fmt: skip
 
     lists = new(programs, splits, room, dtype=torch.int32)
@@ -195,8 +197,8 @@ def attend_sparse(
         gather.rescore[(programs, splits)](
             queries, kv.keys, places, sums, pages, counts, deep, lists, logits, number, weight, cuts, splits,
             score_splits, count_splits, used, *queries.stride()[:3], *kv.keys.stride()[:3], T, room, factor, cap,
-            reader.share, AGAIN=again, COUNT_SPLITS=count_width, S=S, BLOCK=block, CAPPED=softcap is not None,
-            WIDE=queries.dtype != kv.keys.dtype or unable, **options,
+            reader.share, AGAIN=again, COUNT_SPLITS=count_width, S=S, BLOCK=block, EVERY=every,
+            CAPPED=softcap is not None, WIDE=queries.dtype != kv.keys.dtype or unable, **options,
         )  # fmt: skip
 
     out, lse = new(programs, splits, rows, D), new(programs, splits, rows)

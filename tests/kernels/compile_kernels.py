@@ -121,9 +121,9 @@ def top_p_jobs(dims, target):
     everything = target == "sm_90"  # the code does not depend on the target, the compiler's time does
     for name, centred in (("score", False), ("score centred", True))[: 1 + everything]:
         yield name, sketch.score, {**dims, **flags, "BIASED": centred, "CENTRED": centred}, warps
-    yield "weigh", nucleus.weigh, {**dims, "SCORE_SPLITS": 64, "USED": 4, "BLOCK": 1024}, warps
+    yield "weigh", nucleus.weigh, {**dims, "SCORE_SPLITS": 64, "USED": 4, "BLOCK": 1024, "EVERY": 4}, warps
     rows = {"SCORE_SPLITS": 64, "SPLITS": 64, "USED": 4, "TILE": 64, "D": 128, "DIMS": 128, "WIDE": False}
-    lists = {"COUNT_SPLITS": 16, "S": 1, "BLOCK": 1024, "CAPPED": False}
+    lists = {"COUNT_SPLITS": 16, "S": 1, "BLOCK": 1024, "EVERY": 4, "CAPPED": False}
     for name, again in (("rescore", False), ("rescore again", True))[1 - everything :]:
         yield name, gather.rescore, {**dims, **rows, **lists, "AGAIN": again}, warps
     yield "read", gather.read, {**dims, **rows}, warps
