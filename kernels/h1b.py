@@ -85,7 +85,8 @@ def attend(
         **dims,
         **square_map(D, 32 * value_groups),
         **flag,
-        **pdl,
+        # a captured step's tail.py reads the queries early: they must be complete before anything here begins
+        **(pdl if pages is None else {}),
     )
     # as published the agreement alone is the logit
     biased = cosine and method.mean != "none"

@@ -90,7 +90,7 @@ def unpack_tokens(pages: Tensor) -> Tensor:
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
-    """Codes of 4 bits, n per token, [..., n, T], to [..., T/64, 32 n]: two tokens a byte, in the order of pack_tokens."""
+    """Codes of 4 bits, n per token, [..., n, T], to [..., T/64, 32 n]: two tokens a byte, ordered as pack_tokens."""
     pages = pack_tokens(codes).movedim(-3, -2)  # [..., N, n, 64]
     return (pages[..., 0::2] | (pages[..., 1::2] << 4)).flatten(-2)
 

@@ -45,7 +45,7 @@ class RINAKV(NamedTuple):
 
     key_pages, value_pages: uint8 [B, H, N, J * page bytes], the stages' bits as 1-bit pages one after the other.
     key_norms, value_norms: uint8 [B, H, N, 64], small floats, in the order of ``packing.pack_tokens``.
-    key_halves, value_halves: uint8 [B, H, N, 32 J m], level distances of 4 bits, in the order of ``packing.pack_nibbles``.
+    key_halves, value_halves: uint8 [B, H, N, 32 J m], level distances of 4 bits as ``code.pack_halves`` has them.
     extra_index: uint8 [B, H, N, n], the tokens of the page whose keys have one more stage; then their bits
     extra_bits: uint8 [B, H, N, n, D/8] and level distances extra_halves: uint8 [B, H, N, n, m].
     """

@@ -125,7 +125,7 @@ def feedback(x: Tensor, beta: Tensor, norms: Tensor, stages: Stages) -> tuple[Te
 
 
 def pack_halves(codes: Tensor) -> Tensor:
-    """Codes [..., T, m, J] to bytes [..., N, 32 J m]: for every stage and sub-space, two tokens a byte, in page order."""
+    """Codes [..., T, m, J] to bytes [..., N, 32 J m]: by stage and sub-space, as ``packing.pack_nibbles``."""
     return pack_nibbles(codes.movedim(-3, -1).transpose(-3, -2).flatten(-3, -2))
 
 

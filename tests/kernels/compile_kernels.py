@@ -20,6 +20,7 @@ from kvtool.kernels import (
     decode_affine,
     decode_gluon,
     decode_h1b,
+    decode_rina,
     decode_levels,
     encode,
     gather,
@@ -40,7 +41,7 @@ TARGETS = {
 POINTERS = {
     **dict.fromkeys(("QUERIES", "X", "KEYS", "VALUES"), "*bf16"),
     **dict.fromkeys(("QUERY",), "*i8"),
-    **dict.fromkeys(("KINDS",), "*u8"),
+    **dict.fromkeys(("KINDS", "EXTRA_INDEX", "EXTRA_BITS", "EXTRA_LEVELS"), "*u8"),
     **dict.fromkeys(("KEY_SCALES", "VALUE_SCALES", "SCALES"), "*fp16"),
     **dict.fromkeys(("KEY_NORMS", "KEY_STEPS", "KEY_MINIMA", "VALUE_STEPS", "VALUE_MINIMA"), "*fp16"),
     **dict.fromkeys(("CODE_SCALES", "ESTIMATES", "TERMS"), "*fp16"),
@@ -52,7 +53,8 @@ POINTERS = {
         ("QUERY_START", "KEY_PAGES", "VALUE_PAGES", "KEY_TABLE", "VALUE_TABLE", "PAGES", "PAGE_TABLE", "WORDS"), "*i32"
     ),
 }
-FLOATS = ("factor", "softcap", "step", "root", "spread", "share", "p", "scaling")
+SMALL = dict.fromkeys(("KEY_NORMS", "VALUE_NORMS", "KEY_LEVELS", "VALUE_LEVELS"), "*i32")  # rina's
+FLOATS = ("factor", "softcap", "step", "root", "spread", "share", "p", "scaling", "square_factor")
 
 
 def jobs(target: str):
@@ -74,13 +76,8 @@ def jobs(target: str):
     loop = {"CAPPED": False, "STAGES": 3, "WARPS": 4, "ASM": nvidia}
     if target == "sm_90":
         yield "affine", decode_affine.decode, {**dims, **ranges, **loop, "D": 64, "GROUPS": 2}, {"num_warps": 4}
-    square |= {"BITS": 128, "COSINE": True}
-    yield "sketch", query.sketch, {**dims, **square, "S": 1}, {"num_warps": 8}
     limit = {"maxnreg": 168} if nvidia else {}
-    if target != "sm_80":
-        signs = {"BITS": 128, "KEY_GROUPS": 4, "VALUE_GROUPS": 4, "COSINE": True, "HELD": True, "BIASED": False}
-        codes = {"VALUE_WIDTH": 4, "VALUE_UNIT": decode_affine.UNIT[4], "VALUE_ZERO": 0, "PDL": hopper}
-        yield "h1b", decode_h1b.decode, {**dims, **loop, **signs, **codes}, {"num_warps": 4, **limit}
+    yield from sign_jobs(dims, square, loop, limit, target)
     yield from top_p_jobs(dims | {"PDL": hopper}, target)
     widths = {"4": (four, four), "mixed": ((4, 2, 2, 1), (3, 2, 2, 2)), "1": ((1,) * 4, (1,) * 4)}
     for name, (keys, values) in (widths | {"gains": ((4, 2), (2, 1))}).items():
@@ -129,6 +126,26 @@ def top_p_jobs(dims, target):
     yield "read", gather.read, {**dims, **rows}, warps
 
 
+def sign_jobs(dims, square, loop, limit, target):
+    """The kernels of h1b and rina."""
+    hopper = target == "sm_90"
+    yield "sketch", query.sketch, {**dims, **square, "S": 1, "BITS": 128, "COSINE": True}, {"num_warps": 8}
+    yield "prepare_levels", query.prepare_levels, {**dims, **square, "S": 1, "TILE": 16}, {"num_warps": 8}
+    if target == "sm_80":
+        return  # the code does not depend on the target, the compiler's time does
+    loop = loop | {"BIASED": False, "PDL": hopper}
+    signs = {"BITS": 128, "KEY_GROUPS": 4, "VALUE_GROUPS": 4, "COSINE": True, "HELD": True}
+    codes = {"VALUE_WIDTH": 4, "VALUE_UNIT": decode_affine.UNIT[4], "VALUE_ZERO": 0}
+    yield "h1b", decode_h1b.decode, {**dims, **loop, **signs, **codes}, {"num_warps": 4, **limit}
+    groups = 4 if hopper else 2
+    spaces = {"D": 32 * groups, "GROUPS": groups, "SPACES": groups, "SPAN": 1, "PARTS": 1}
+    stages = {"KEY_STAGES": 1, "VALUE_STAGES": 1, "EXTRA": 0}
+    yield "rina", decode_rina.decode, {**dims, **loop, **spaces, **stages}, {"num_warps": 4, **limit}
+    if hopper:
+        more = {"D": 64, "GROUPS": 2, "SPACES": 1, "SPAN": 2, "EXTRA": 16, "VALUE_STAGES": 2}
+        yield "rina extra", decode_rina.decode, {**dims, **loop, **spaces, **stages, **more}, {"num_warps": 4}
+
+
 def starts(widths):
     return tuple(64 * sum(widths[:i]) for i in range(len(widths)))
 
@@ -138,6 +155,7 @@ def compiled(kernel, constants, options, target):
     for name in kernel.arg_names:
         scalar = "fp32" if name in FLOATS else "i32"
         pointers = POINTERS | (dict.fromkeys(("KEY_SCALES", "VALUE_SCALES"), "*i32") if constants.get("GAINS") else {})
+        pointers |= SMALL if "KEY_STAGES" in constants else {}
         kind = pointers.get(name, scalar if name == "T" or not name.isupper() else "*fp32")
         signature[name] = "constexpr" if name in constants else kind
     aligned = {
@@ -145,7 +163,7 @@ def compiled(kernel, constants, options, target):
         for i, (name, kind) in enumerate(signature.items())
         if kind.startswith("*")
         or re.fullmatch(
-            r"(key|value|key_scale|value_scale|key_range|value_range|norm|scales|words|x|query|map|matrix|page|scale)_[bhprst]"
+            r"((key|value)(_scale|_range|_level)?|norm|scales|words|x|query|map|matrix|page|scale)_[bhprst]"
             "|T|room",
             name,
         )
