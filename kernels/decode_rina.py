@@ -1,4 +1,4 @@
-"""Split-KV attention over recursive one-bit stages, plain Triton: decode.py with a level per token, stage and sub-space.
+"""Split-KV attention over recursive one-bit stages, plain Triton: decode.py with levels by token, stage and sub-space.
 
 A key is n (sum_js mid_js + level_jst s_jt), s_jt its signs in sub-space s at stage j; the levels are floats of 4 bits,
 read with a shift and a mask, the norm n one of 8 bits. So
@@ -291,7 +291,7 @@ def _norms(pointers, used, W: tl.constexpr):
 def _extra_operand(
     bits_at, used, i: tl.constexpr, extra_n, D: tl.constexpr, EXTRA: tl.constexpr, W: tl.constexpr
 ):  # fmt: skip
-    """Signs of group ``i`` of the extra stage, bytes of -64 and 64, int8 [W, 32 channels in the order (q, h, e), EXTRA]."""
+    """Signs of group ``i`` of the extra stage, -64 and 64, int8 [W, 32 channels in the order (q, h, e), EXTRA]."""
     token, lane = tl.arange(0, EXTRA)[None, :, None], tl.arange(0, 8)[None, None, :]  # lane = 2q + h
     # channels 16h + 4q ... + 3 are half of byte 2h + q/2
     byte = 4 * i + 2 * (lane % 2) + lane // 4

@@ -1,4 +1,4 @@
-"""rina's kernel attends as rina's reference does: sub-spaces of every size, several stages, extra stages, correction."""
+"""rina's kernel attends as rina's reference does: sub-spaces of every size, stages, extra stages, correction."""
 
 import pytest
 import torch
