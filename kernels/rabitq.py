@@ -12,6 +12,7 @@ from kvtool.methods import rabitq_code as code
 from kvtool.methods.base import LayerCalibration
 from kvtool.methods.rabitq import RaBitQ, RaBitQKV, SketchKV
 from kvtool.packing import groups
+from kvtool.sparse import Selection
 
 
 def refuses(method: RaBitQ, *, gluon: bool = False) -> str | None:
@@ -70,6 +71,26 @@ def attend_top_p(
     return attend_sparse(
         queries, sketched, reader, scale=scale, softcap=softcap, pages=pages, bias=bias, bias_unit=unit
     )
+
+
+def reads(
+    method: RaBitQ,
+    queries: Tensor,
+    kv: RaBitQKV | SketchKV,
+    layer: LayerCalibration,
+    *,
+    positions: Tensor,
+    scale: float,
+    softcap: float | None = None,
+) -> Selection | None:
+    """As ``RaBitQ.reads``, of what :func:`attend` reads: for the host, not for a step."""
+    if not isinstance(kv, SketchKV):
+        return None
+    _, trace = attend_top_p(method, queries, kv, layer, positions=positions, scale=scale, softcap=softcap)
+    B, HQ, S, _ = queries.shape
+    H, T = kv.keys.shape[1:3]
+    masks = trace.selection((B, H, HQ // H * S, T))
+    return Selection(*(mask.unflatten(2, (-1, S)).to(queries.device) for mask in masks))
 
 
 def reader_of(method: RaBitQ, layer: LayerCalibration) -> Reader:

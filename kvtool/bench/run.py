@@ -1,6 +1,6 @@
 """The benchmark itself: check the numerics, then time compressed and full attention side by side at every length."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvtool import packing
+from kvtool import packing, sparse
 from kvtool.attention import relative_error
 from kvtool.backends import Backend, choose_backend
 from kvtool.bench.machine import CARDS, machine
@@ -93,6 +93,9 @@ def check_numerics(subject: Subject, backend: Backend, device: torch.device) -> 
             scores = subject.shape.softcap * torch.tanh(scores / subject.shape.softcap)
         if bias is not None:
             scores = scores + bias.double().repeat_interleave(group, 1)[:, :, None]
+        selected = _reads(subject, backend, queries, kv, positions)
+        if selected is not None:
+            scores = scores.masked_fill(~selected.kept.flatten(1, 2), -torch.inf)
         exact = scores.softmax(-1) @ values.double().repeat_interleave(group, 1)
         worst = max(worst, float(relative_error(found, exact)))
     if not worst <= WRONG:
@@ -108,6 +111,18 @@ def _attend(subject: Subject, backend: Backend, queries: Tensor, kv: Any, positi
     return backend.attend(
         subject.method, queries, kv, subject.layer, positions=positions, scale=shape.scale, softcap=shape.softcap
     ).out
+
+
+def _reads(subject: Subject, backend: Backend, queries: Tensor, kv: Any, positions: Tensor) -> sparse.Selection | None:
+    """What a method that reads a part of the cache reads of it, [B, H, G, S, T]; None for all others."""
+    found: Callable[..., sparse.Selection | None] | None
+    found = getattr(backend.kernel or type(subject.method), "reads", None)
+    if found is None:
+        return None
+    shape = subject.shape
+    return found(
+        subject.method, queries, kv, subject.layer, positions=positions, scale=shape.scale, softcap=shape.softcap
+    )
 
 
 def _step(
@@ -126,11 +141,13 @@ def _step(
     if tokens == 0:
         return record | {"not_run": f"shorter than one page of {packing.PAGE} tokens"}
     with torch.inference_mode():
-        ours = _time_compressed(subject, backend, tokens, batch, size, device)
+        ours, part = _time_compressed(subject, backend, tokens, batch, size, device)
         theirs = {name: _time_full(subject, context, batch, name, device) for name in _baselines(baselines, device)}
     times = {name: timing.ms for name, timing in theirs.items() if timing}
     best = min(times.values(), default=None)
+    size = part.get("bytes", size)
     return record | {
+        **part,
         "ms": ours.ms,
         "spread_ms": ours.spread,
         "bytes_per_s": size / ours.ms * 1e3,
@@ -142,13 +159,35 @@ def _step(
 
 def _time_compressed(
     subject: Subject, backend: Backend, tokens: int, batch: int, size: int, device: torch.device
-) -> Timing:
-    copies = copies_needed(size, device)
+) -> tuple[Timing, dict[str, Any]]:
     first = subject.cache(tokens, batch, device)
+    part = _part(subject, backend, first, batch, device)
+    copies = copies_needed(part.get("bytes", size), device)
     caches = [first, *(type(first)(*(_clone(field) for field in first)) for _ in range(copies - 1))]
     positions = torch.arange(tokens, device=device)
     queries = subject.queries(batch, device)
-    return time_step(lambda i: _attend(subject, backend, queries, caches[i], positions), copies, device)
+    return time_step(lambda i: _attend(subject, backend, queries, caches[i], positions), copies, device), part
+
+
+def _part(subject: Subject, backend: Backend, kv: Any, batch: int, device: torch.device) -> dict[str, Any]:
+    """Bytes of a step that reads a part of the cache, and the shares of it; nothing for one that reads all of it.
+
+    A row is counted once for all queries of a group.
+    """
+    if not subject.reads_a_part:
+        return {}
+    positions = torch.arange(kv.keys.shape[2], device=device)
+    selected = _reads(subject, backend, subject.queries(batch, device), kv, positions)
+    if selected is None:
+        return {}
+    kept, rescored = (mask.flatten(2, 3).any(2) for mask in selected)
+    row = kv.keys.shape[-1] * kv.keys.element_size()
+    index = sum(x.numel() * x.element_size() for name, x in kv._asdict().items() if name not in ("keys", "values"))
+    return {
+        "bytes": index + row * int(rescored.sum() + kept.sum()),
+        "kept": float(kept.float().mean()),
+        "rescored": float(rescored.float().mean()),
+    }
 
 
 def _clone(field: Any) -> Any:

@@ -154,6 +154,22 @@ class RaBitQ(Method):
         kept = self.select(queries, kv, layer, exact, positions=positions, scale=scale, softcap=softcap).kept
         return attention.from_logits(exact.masked_fill(~kept, -torch.inf), kv.values)
 
+    def reads(
+        self,
+        queries: Tensor,
+        kv: RaBitQKV | SketchKV,
+        layer: LayerCalibration,
+        *,
+        positions: Tensor,
+        scale: float,
+        softcap: float | None = None,
+    ) -> sparse.Selection | None:
+        """The tokens that :meth:`attend` reads, as masks [B, H, G, S, T]; None if it reads all of them."""
+        if not isinstance(kv, SketchKV):
+            return None
+        exact = attention.logits(queries, kv.keys, scale=scale, softcap=softcap)
+        return self.select(queries, kv, layer, exact, positions=positions, scale=scale, softcap=softcap)
+
     def select(
         self,
         queries: Tensor,

@@ -7,6 +7,9 @@ import torch
 
 from kvtool import attention, packing, sparse
 from kvtool.attention import relative_error
+from kvtool.backends import Backend
+from kvtool.bench.run import _part, check_numerics
+from kvtool.bench.subject import Subject
 from kvtool.errors import BackendError
 from kvtool.kernels import rabitq as kernels
 from kvtool.kernels import sparse as launches
@@ -180,3 +183,14 @@ def test_the_launcher_refuses_in_one_sentence(change, says):
 )
 def test_options_without_a_kernel_are_refused_by_name(options):
     assert "rabitq" in kernels.refuses(make_method("rabitq", options))
+
+
+def test_bench_judges_and_counts_what_is_read():
+    method = make_method("rabitq", {"mode": "topp", "p": 0.8, "mean": "none", "query_mean": False})
+    subject = Subject(method, calibrated(method, 64, 2, H=1), "a test")
+    backend = Backend("triton", kernels)
+    assert check_numerics(subject, backend, DEVICE) < 1e-3  # of the same selection
+    found = _part(subject, backend, subject.cache(1088, 1, DEVICE), 1, DEVICE)
+    sketch = 1088 * (64 / 8 + 2)
+    assert found["bytes"] == round(sketch + 2 * 64 * 1088 * (found["kept"] + found["rescored"]))
+    assert found["kept"] < found["rescored"] < 0.6
