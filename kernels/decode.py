@@ -33,7 +33,7 @@ def decode(
     KEY_TABLE,
     VALUE_TABLE,
     PAGES,  # int32 [B], pages in use
-    PAGE_TABLE,  # int32 [B, capacity] or unused
+    PAGE_TABLE,  # int32 [B, capacity], or [B, H, capacity] with table_h; or unused
     BIAS,  # int16 or float32 [programs, ROWS, T], added to the logits before the cap, or unused
     BIAS_UNIT,  # float32 [programs, ROWS], what one of it is worth, times log2 e
     OUT,  # float32 [programs, splits, ROWS, 32*VALUE_GROUPS]
@@ -77,6 +77,10 @@ def decode(
     STAGES: tl.constexpr,
     WARPS: tl.constexpr,
     ASM: tl.constexpr,
+    table_h=0,
+    PAGE_LSE=None,  # float32 [B*H, lse_rows, lse_pages], natural log-sum-exp of each page that is read
+    lse_rows=0,
+    lse_pages=0,
 ):
     """Attention of ROWS queries over this program's pages, normalised, with its log-sum-exp."""
     program = tl.program_id(0)
@@ -125,7 +129,7 @@ def decode(
         if KINDED:
             used = used & (tl.load(KINDS + b * kind_b + h * kind_h + page, mask=used, other=0).to(tl.int32) == kind)
         if PAGED:
-            where = tl.load(PAGE_TABLE + b * table_b + page, mask=used, other=0).to(tl.int64)
+            where = tl.load(PAGE_TABLE + b * table_b + h * table_h + page, mask=used, other=0).to(tl.int64)
         else:
             where = page.to(tl.int64)
         key_at = KEY_PAGES + b * key_b + h * key_h + where * key_p
@@ -168,6 +172,12 @@ def decode(
         if CAPPED:
             # tanh z = 1 - 2 / (e^2z + 1), in units of log2
             x = softcap * (1 - 2 / (tl.exp2(x * (2.8853900817779268 / softcap)) + 1))
+        if PAGE_LSE is not None:
+            top = tl.max(x, 2)
+            seen = (top + tl.log2(tl.sum(tl.exp2(x - top[:, :, None]), 2))) * 0.6931471805599453
+            row = (program % BLOCKS) * ROWS + rows[None, :]
+            to = PAGE_LSE + ((program // BLOCKS).to(tl.int64) * lse_rows + row) * lse_pages + page
+            tl.store(to, seen, mask=used & (row < lse_rows))
         new_m = tl.maximum(m, tl.max(x, 2) + absent)
         shrink = tl.exp2(m - new_m)
         p = tl.exp2(x + (absent - new_m)[:, :, None])

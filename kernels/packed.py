@@ -122,15 +122,17 @@ def attend_packed(
     bias_unit: Tensor | None = None,
     kinds: Tensor | None = None,
     kind: int = 0,
+    page_lse: Tensor | None = None,
     launch: Launch | None = None,
 ) -> Attended:
     """Attention of ``queries`` [B, HQ, S, D] over packed pages; every query sees every page in use.
 
     pages: int32 [B] on the device, pages in use; default: all.
-    page_table: int32 [B, N] on the device, where page n of sequence b is.
+    page_table: int32 [B, N] or [B, H, N] on the device, where page n of sequence b is.
     bias: [B, HQ, S, 64*N], float32 or int16, added to the scaled logits before they are capped.
     bias_unit: float32 [B, HQ, S], what one of the bias is worth; default: 1.
     kinds: uint8 [B, H, N]; only pages marked ``kind`` are read.
+    page_lse: float32 [B, HQ, S, N], contiguous; the log-sum-exp of every page that is read is written there.
 
     Raises:
         BackendError: a shape, dtype or device the kernels do not serve.
@@ -139,20 +141,19 @@ def attend_packed(
     device = queries.device
     launch = launch or default_launch(device)
     gains = kv.key_scales.dtype == torch.uint8
-    if launch.gluon and (gains or kinds is not None):
-        raise BackendError(
-            "kernels: gains per group and kinds of pages: Gluon does not read them; use --backend triton"
-        )
+    if launch.gluon and (gains or kinds is not None or page_lse is not None):
+        raise BackendError("kernels: gains per group and kinds of pages: Gluon reads neither; use --backend triton")
     B, HQ, S, D = queries.shape
     H, groups, value_groups = kv.key_pages.shape[1], len(codec.key_widths), len(codec.value_widths)
     used_rows = HQ // H * S
     ROWS = tile_rows(used_rows, launch.gluon)
     blocks = -(-used_rows // ROWS)
     programs = B * H * blocks
-    capacity = (kv.key_pages if page_table is None else page_table[:, None]).shape[2]
+    capacity = kv.key_pages.shape[2] if page_table is None else page_table.shape[-1]
     stages, resident = _residency(kv, launch, ROWS)
     wave = resident * processors(device)
     splits = launch.splits or max(1, min(wave // programs, -(-capacity // (2 * launch.warps))))
+    counted = pages is not None
     if pages is None:
         pages = full(B, capacity, device)
 
@@ -184,7 +185,8 @@ def attend_packed(
         **dims,
         **square,
         **flag,
-        **pdl,
+        # a captured step's tail.py reads the queries early: they must be complete before anything here begins
+        **({} if counted else pdl),
     )
     out, lse = new(programs, splits, ROWS, 32 * value_groups), new(programs, splits, ROWS)
     words = kv.key_pages.view(torch.int32), kv.value_pages.view(torch.int32)
@@ -217,6 +219,8 @@ def attend_packed(
         marks = pages if kinds is None else kinds
         extra |= {"KINDS": marks, "kind_b": marks.stride(0), "kind_h": marks.stride(1) if kinds is not None else 0}
         extra |= {"KINDED": kinds is not None, "kind": kind}
+        extra["table_h"] = page_table.stride(1) if page_table is not None and page_table.ndim == 3 else 0
+        extra |= {"PAGE_LSE": page_lse, "lse_rows": used_rows, "lse_pages": capacity}
         if nvidia(device) and ROWS == 8 and value_groups <= 4 and not gains and bias is None:
             # what three programs a multiprocessor can have; left alone, the compiler may take more
             extra["maxnreg"] = 168
@@ -236,7 +240,7 @@ def attend_packed(
         lse,
         splits,
         *(stride for tensor in strides for stride in tensor),
-        capacity,
+        capacity if page_table is None else page_table.stride(0),
         rows_of_bias.shape[-1],
         (softcap or 0.0) * LOG2E,
         **options,
@@ -284,7 +288,11 @@ def check(queries: Tensor, kv: Packed, codec: Codec, page_table: Tensor | None) 
         if scales.stride(-1) != 1 or not alike:
             refuse(name, "the same strides for keys and values, contiguous pages", f"{scales.stride()}")
     if page_table is not None and (page_table.dtype != torch.int32 or not page_table.is_contiguous()):
-        refuse("page_table", "int32 [B, pages], contiguous", f"{page_table.dtype}, strides {page_table.stride()}")
+        refuse(
+            "page_table",
+            "int32 [B, pages] or [B, H, pages], contiguous",
+            f"{page_table.dtype}, strides {page_table.stride()}",
+        )
     devices = {str(x.device) for x in (queries, *kv, codec.key_map, codec.value_map)}
     if len(devices) > 1:
         refuse("tensors", "one device", " and ".join(sorted(devices)))

@@ -85,13 +85,22 @@ def block_shares(
     ``queries`` [B, HQ, S, D] are the last of the tokens whose ``keys`` [B, H, T, D] are given; the last block may be
     shorter. A kernel that splits the cache has these lse as its partial results.
     """
+    before, blocks = block_lse(queries, keys, first=first, block=block, scale=scale, softcap=softcap)
+    whole = torch.cat([before[..., None], blocks], -1).logsumexp(-1, keepdim=True)
+    return (blocks - whole).exp()
+
+
+def block_lse(
+    queries: Tensor, keys: Tensor, *, first: int, block: int, scale: float, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """The lse of the keys before ``first``, [B, HQ, S], and of each ``block`` after, [B, HQ, S, N]; arguments as in
+    :func:`block_shares`."""
     scores = logits(queries, keys, scale=scale, softcap=softcap).flatten(1, 2)
     S, T = scores.shape[-2:]
     hidden = future(S, T, scores.device)
     scores = scores.masked_fill(hidden, -torch.inf)
     tail = torch.nn.functional.pad(scores[..., first:], (0, -(T - first) % block), value=-torch.inf)
-    partial = tail.unflatten(-1, (-1, block)).logsumexp(-1)
-    return (partial - scores.logsumexp(-1, keepdim=True)).exp()
+    return scores[..., :first].logsumexp(-1), tail.unflatten(-1, (-1, block)).logsumexp(-1)
 
 
 def merge(*parts: Attended) -> Attended:

@@ -92,6 +92,24 @@ class Backend:
             return type(method).attend is Method.attend
         return "pages" in signature(self.kernel.attend).parameters
 
+    def attend_blocks(
+        self,
+        method: Method,
+        queries: Tensor,
+        kv: Any,
+        layer: LayerCalibration,
+        *,
+        positions: Tensor,
+        scale: float,
+        softcap: float | None = None,
+    ) -> tuple[Attended, Tensor]:
+        """As :meth:`attend`, by the kernel of a method that moves; and the lse of every block of 64, [B, HQ, S, N]."""
+        kernel: Any = self.kernel
+        found: tuple[Attended, Tensor] = kernel.attend_blocks(
+            method, queries, kv, layer, positions=positions, scale=scale, softcap=softcap
+        )
+        return found
+
     def resident(self, kv: Any) -> int:
         """Bytes that the kernel keeps beside a compressed part: what says where its pages are."""
         beside = getattr(self.kernel, "resident", None)

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from kvtool import attention
 from kvtool.attention import Attended
-from kvtool.backends import Backend, choose_backend
+from kvtool.backends import MAX_STEP, Backend, choose_backend
 from kvtool.calibration import Calibration
 from kvtool.errors import ModelError
 from kvtool.exact import exact_attention
@@ -97,11 +97,14 @@ class CompressedLayer(DynamicLayer):
 
     def attend(self, queries: Tensor, *, scale: float, softcap: float | None) -> Tensor:
         """Attention of the newest S tokens' ``queries`` [B, HQ, S, D] over everything; [B, HQ, S, D]."""
-        whole = self.backend.name == "reference" and type(self.method).attend is Method.attend
+        kernels = self.backend.kernel is not None
+        whole = not kernels and type(self.method).attend is Method.attend
         if not len(self.parts):
             return exact_attention(queries, self.keys, self.values, scale=scale, softcap=softcap)
-        if whole:
+        if whole or (self.method.moves and queries.shape[2] > MAX_STEP):
             return self._attend_whole(queries, scale=scale, softcap=softcap)
+        if self.method.moves and kernels:
+            return self._attend_blocks(queries, scale=scale, softcap=softcap).to(queries.dtype)
         return self._attend_parts(queries, scale=scale, softcap=softcap).out.to(queries.dtype)
 
     def _attend_whole(self, queries: Tensor, *, scale: float, softcap: float | None) -> Tensor:
@@ -127,6 +130,21 @@ class CompressedLayer(DynamicLayer):
             self.shares = attention.block_shares(last, keys, first=sinks, block=PAGE, scale=scale, softcap=softcap)
         out = exact_attention(queries.to(dtype), keys, values, scale=scale, softcap=softcap, bias=bias)
         return out.to(queries.dtype)
+
+    def _attend_blocks(self, queries: Tensor, *, scale: float, softcap: float | None) -> Tensor:
+        """By a kernel that says what each block weighs, for a method that moves."""
+        merged = attention.attend(queries, self.keys, self.values, scale=scale, softcap=softcap, causal=True)
+        sinks = min(self.policy.sinks, self.keys.shape[-2])
+        _, recent = attention.block_lse(queries, self.keys, first=sinks, block=PAGE, scale=scale, softcap=softcap)
+        blocks = []
+        for kv, at in self.parts.read(self.keys.device):
+            part, found = self.backend.attend_blocks(
+                self.method, queries, kv, self.layer, positions=at, scale=scale, softcap=softcap
+            )
+            merged = attention.merge(merged, part)
+            blocks.append(found)
+        self.shares = (torch.cat([*blocks, recent], -1) - merged.lse[..., None]).exp()
+        return merged.out
 
     def _attend_parts(self, queries: Tensor, *, scale: float, softcap: float | None) -> Attended:
         step = max(1, _LOGITS // (queries.shape[0] * queries.shape[1] * self.get_seq_length()))

@@ -91,6 +91,8 @@ def jobs(target: str):
             continue  # the code does not depend on the target, the compiler's time does
         if name != "1":
             plain = {"WARPS": 4, "ASM": nvidia, "GAINS": name == "gains", "KINDED": False}
+            # mixed as tiered reads it, with the sums of every page
+            plain |= {} if name == "mixed" else {"PAGE_LSE": None}
             few = {} if name == "gains" else limit
             yield f"decode {name}", decode.decode, {**common, **plain}, {"num_warps": 4, **few}
         if nvidia and name != "gains":
