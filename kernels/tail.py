@@ -26,11 +26,14 @@ def attend_tail(
     *,
     scale: float,
     softcap: float | None = None,
+    early: bool = False,
 ) -> Tensor:
     """Attention of one query token [B, HQ, 1, D] over the tail, itself and the ``packed`` part; [B, HQ, 1, D].
 
     new: its key and value [B, H, 1, D], written at index ``length``.  tail: keys and values [B, H, capacity, D].
     length: int64 [1], tokens in the tail before.  packed: float32 out [B, HQ, 1, D] and lse [B, HQ, 1].
+    early: the launches of ``packed`` began when ``queries`` and ``new`` were complete, so that nothing but ``packed``
+        has to be waited for.
     """
     B, HQ, _, D = queries.shape
     H = tail[0].shape[1]
@@ -54,10 +57,12 @@ def attend_tail(
         GROUP=HQ // H,
         D=D,
         DIMS=triton.next_power_of_2(D),
-        BLOCK=64 if D > 128 else 128,
+        BLOCK=min(128, 16384 // (triton.next_power_of_2(D) * tail[0].element_size())),
         CAPPED=softcap is not None,
         WIDE=not queries.is_cuda,
+        EARLY=early,
         PDL=launch.pdl,
+        num_stages=2,
         num_warps=8,
         **({"launch_pdl": True} if launch.pdl else {}),
     )
@@ -93,13 +98,14 @@ def _tail(
     BLOCK: tl.constexpr,
     CAPPED: tl.constexpr,
     WIDE: tl.constexpr,  # products in float32: Triton's interpreter has none of bfloat16
+    EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     program = tl.program_id(0)
     b, h = (program // H).to(tl.int64), program % H
     d, r = tl.arange(0, DIMS), tl.arange(0, 16)
     live = (r < GROUP)[:, None] & (d < D)[None, :]
-    if PDL:
+    if PDL and not EARLY:
         gdc_wait()
     q = tl.load(QUERIES + b * query_b + (h * GROUP + r)[:, None] * query_h + d[None, :], mask=live, other=0.0)
     if WIDE:
@@ -135,6 +141,8 @@ def _tail(
     tl.store(VALUES + to, v, mask=d < D)
     x = _capped(tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], 1) * factor, softcap, CAPPED)
     heads = b * (H * GROUP) + h * GROUP + r
+    if PDL and EARLY:
+        gdc_wait()
     lse = tl.load(PACKED_LSE + heads, mask=r < GROUP, other=0.0) * 1.4426950408889634
     packed = tl.load(PACKED + heads[:, None] * D + d[None, :], mask=live, other=0.0)
     top = tl.maximum(tl.maximum(m, x), lse)

@@ -13,6 +13,8 @@ from kvtool.methods.base import LayerCalibration
 from kvtool.methods.finite import require_finite
 from kvtool.methods.turboquant import TurboQuant, TurboQuantKV
 
+FIRST_IS_WHOLE = True  # see backends.Kernel
+
 
 def refuses(method: TurboQuant, *, gluon: bool = False) -> str | None:
     """Why these options have no kernel; None if they have one."""

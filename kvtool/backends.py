@@ -43,6 +43,8 @@ class Kernel(Protocol):
         """Attention of ``queries`` [B, HQ, S, D] over one compressed part; ``gluon`` asks for the faster dialect.
 
         With a parameter ``pages``, int32 [B] on the device, the kernel reads so many pages of a part with room to grow.
+        Its module may say ``FIRST_IS_WHOLE``: given ``pages``, its first launch is not a dependent one, so that the
+        queries are complete when anything begins.
         """
 
 

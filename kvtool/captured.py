@@ -63,9 +63,15 @@ class CapturedDecoder:
             layer.parts.reserve(capacity)
             cache.layers[i] = StaticLayer(layer, self.counters, spare=self._block)
         self._count()
+        self._at = torch.zeros(1, dtype=torch.int64, device=device)  # blocks compressed so far
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._turn_graph: torch.cuda.CUDAGraph | None = None
+        self._finite = torch.ones((), dtype=torch.bool, device=device)
         self._logits: Tensor | None = None
         self._warm, self._capturable = False, device.type == "cuda"  # warm: the next step can be captured
+        # compressing by a kernel can be replayed as well, after a first time that loads it
+        self._may_turn = self._capturable and hasattr(cache.backend.kernel, "compress")
+        self._turns = False
         self._read = self._tensors()
 
     def step(self, ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
@@ -104,19 +110,26 @@ class CapturedDecoder:
         return logits
 
     def _capture(self) -> None:
+        self._graph = self._captured(lambda: setattr(self, "_logits", self._run()))
+        if self._graph is None:
+            self._warm = self._capturable = False
+        else:
+            self.captures += 1
+
+    def _captured(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
         graph = torch.cuda.CUDAGraph()
         try:
             # relaxed: a kernel may be loaded on its first use
             with torch.cuda.graph(graph, capture_error_mode="relaxed"):
-                self._logits = self._run()
+                work()
         except RuntimeError as error:
-            warnings.warn(f"the decode step could not be captured, it runs as it is: {error}", stacklevel=3)
-            self._warm = self._capturable = False
-            return
-        self._graph, self.captures = graph, self.captures + 1
+            warnings.warn(f"a part of decoding could not be captured, it runs as it is: {error}", stacklevel=4)
+            return None
+        return graph
 
     def _drop(self) -> None:
         self._graph, self._logits, self._warm = None, None, False
+        self._turn_graph, self._turns = None, False
 
     def _advance(self) -> None:
         """After a step: count the token, and compress once a block has left the window."""
@@ -128,13 +141,41 @@ class CapturedDecoder:
         if layers[0].filled - policy.sinks - policy.window < self._block:
             self.counters.length += 1
             return
-        for layer in layers:
-            layer.compress()
+        if not (self._turns and layers[0].parts.room(self._block) and self._turn(layers)):
+            for layer in layers:
+                layer.compress()
+            self._turns = self._may_turn
         self._count()
         before, self._read = self._read, self._tensors()
-        # a part that was moved, or a new run: the graph would read what was before
+        # a part that was moved, or a new run: the graphs would read what was before
         if list(map(id, before)) != list(map(id, self._read)):
             self._drop()
+
+    def _turn(self, layers: list[StaticLayer]) -> bool:
+        """Compress a block of every layer, replayed like a step; whether it could be captured."""
+        self._at.fill_(layers[0].parts.tokens // self._block)
+        if self._turn_graph is None and self._capturable:
+            self._turn_graph = self._captured(lambda: setattr(self, "_finite", self._compress(layers)))
+            if self._turn_graph is None:
+                self._may_turn = False
+                return False
+        if self._turn_graph is None:
+            self._finite = self._compress(layers)
+        else:
+            self._turn_graph.replay()
+        for layer in layers:
+            layer.turned(self._block)
+        if not bool(self._finite):
+            raise ModelError(
+                "a compressed page: expected finite numbers below 65504, found NaN or more; "
+                "the model's cache overflows: load the model in bfloat16 or float32"
+            )
+        return True
+
+    def _compress(self, layers: list[StaticLayer]) -> Tensor:
+        within = torch.arange(self._block, device=self._at.device)
+        positions = self.cache.calibration.policy.sinks + self._block * self._at + within
+        return torch.stack([layer.turn(self._at, positions) for layer in layers]).all()
 
     def _count(self) -> None:
         layer = self._static()[0]

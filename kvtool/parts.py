@@ -52,6 +52,27 @@ class Parts:
         self._spans[0] = (first, before + tokens)
         self.tokens += tokens
 
+    def room(self, tokens: int) -> bool:
+        """Whether ``tokens`` more fit where the growing run is."""
+        return self.growing and bool(self._runs) and self.tokens + tokens <= self.capacity
+
+    def write(self, kv: Any, at: Tensor) -> None:
+        """Write a block into the growing run where ``at``, int64 [1], says: how many such blocks come before it.
+
+        All on the device, so that it can be captured; :meth:`advance` counts the tokens.
+        """
+        for old, new in zip(self._runs[0], kv, strict=True):
+            if isinstance(old, Tensor) and new.numel():
+                n = new.shape[2]
+                old.index_copy_(2, n * at + torch.arange(n, device=at.device), new)
+
+    def advance(self, tokens: int) -> None:
+        """Count ``tokens`` that were written into the room there is."""
+        self._lengths = [used + used * tokens // self.tokens for used in self._lengths]
+        first, before = self._spans[0]
+        self._spans[0] = (first, before + tokens)
+        self.tokens += tokens
+
     def reserve(self, capacity: int) -> None:
         """Make room for ``capacity`` tokens in all: until then a growing run's tensors stay where they are."""
         self.capacity = max(self.capacity, -(-capacity // _ROUNDED) * _ROUNDED)

@@ -55,6 +55,7 @@ class StaticLayer(CompressedLayer):
             buffers = [torch.zeros(B, H, room, D, dtype=self.dtype, device=self.device) for _ in range(2)]
         self.tail = buffers[0], buffers[1]
         fused = layer.backend.kernel is not None
+        self._early = self.parts.growing and getattr(layer.backend.kernel, "FIRST_IS_WHOLE", False)
         self._attend_tail = import_module("kvtool.kernels.tail").attend_tail if fused else _attend_tail
         self.queries: Tensor | None = None
         self.hold(layer.keys, layer.values)
@@ -89,7 +90,9 @@ class StaticLayer(CompressedLayer):
             parts.append(part)
         packed = parts[0] if len(parts) == 1 else attention.merge(*parts)
         new, length = (self.fresh, self.fresh_values), self.counters.length
-        attended: Tensor = self._attend_tail(queries, new, self.tail, length, packed, scale=scale, softcap=softcap)
+        attended: Tensor = self._attend_tail(
+            queries, new, self.tail, length, packed, scale=scale, softcap=softcap, early=self._early
+        )
         return attended
 
     def settle(self, queries: Tensor | None) -> None:
@@ -99,6 +102,25 @@ class StaticLayer(CompressedLayer):
         """Compress what has left the window, as :meth:`CompressedLayer.settle` does."""
         super().settle(self.queries)
         self.hold(self.keys, self.values)
+
+    def turn(self, at: Tensor, positions: Tensor) -> Tensor:
+        """As :meth:`compress`, of one block whose place is known to the device alone; whether it is finite.
+
+        at: int64 [1], blocks before it. positions: int64 [block], of its tokens.
+        """
+        sinks, window, block = self.policy.sinks, self.policy.window, len(positions)
+        keys, values = (x[:, :, sinks : sinks + block] for x in self.tail)
+        kv, _ = self.backend.compress(self.method, keys, values, self.layer, positions=positions)
+        self.parts.write(kv, at)
+        for x in self.tail:
+            x[:, :, sinks : sinks + window] = x[:, :, sinks + block : sinks + block + window].clone()
+        fields = [field for field in kv if isinstance(field, Tensor) and field.is_floating_point()]
+        return torch.stack([field.isfinite().all() for field in fields]).all()
+
+    def turned(self, block: int) -> None:
+        """Count what :meth:`turn` did."""
+        self.parts.advance(block)
+        self.show(self.filled - block)
 
     def released(self) -> CompressedLayer:
         """The same tokens in a layer that grows."""
@@ -118,6 +140,7 @@ def _attend_tail(
     *,
     scale: float,
     softcap: float | None,
+    early: bool,
 ) -> Tensor:
     """The reference of ``kernels/tail.py``."""
     keys, values = (buffer.index_copy_(2, length, token) for buffer, token in zip(tail, new, strict=True))

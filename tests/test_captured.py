@@ -66,12 +66,12 @@ def steps_of(model, made, ids, more, *, static, backend=None, monkeypatch=None, 
 def test_a_static_step_gives_the_growing_caches_logits(llama, method):
     """Over two pages that leave the window, or three."""
     made = calibration(llama, method)
-    ids, more = prompt(170), prompt(2 * 64 + 5 + 64 * (method == "exact")).flip(1)
+    ids, more = prompt(160), prompt(70 + 64 * (method == "exact")).flip(1)
     grown, grown_sizes, grown_tokens = steps_of(llama, made, ids, more, static=False)
     fixed, fixed_sizes, fixed_tokens = steps_of(llama, made, ids, more, static=True, capacity=512)
     # float32 sums in another order, once for the tail and once for its merge with the pages
     torch.testing.assert_close(fixed, grown, rtol=1e-3, atol=1e-3)
-    assert grown_tokens == fixed_tokens == 170 + more.shape[1]
+    assert grown_tokens == fixed_tokens == 160 + more.shape[1]
     for name in ("compressed", "exact", "values", "exact_values"):
         assert getattr(grown_sizes, name) == getattr(fixed_sizes, name)
 
@@ -79,7 +79,7 @@ def test_a_static_step_gives_the_growing_caches_logits(llama, method):
 def test_room_that_is_used_up_grows(llama):
     """Without any capacity the first page that leaves the window moves the others; nothing is lost."""
     made = calibration(llama)
-    ids, more = prompt(170), prompt(64 + 5).flip(1)
+    ids, more = prompt(160), prompt(6).flip(1)
     grown, *_ = steps_of(llama, made, ids, more, static=False)
     fixed, sizes, _ = steps_of(llama, made, ids, more, static=True, capacity=0)
     torch.testing.assert_close(fixed, grown, rtol=1e-3, atol=1e-3)
@@ -88,25 +88,57 @@ def test_room_that_is_used_up_grows(llama):
 
 def test_room_is_made_at_once_and_nothing_moves_within_it(llama):
     with serve(llama, calibration(llama)) as cache, torch.no_grad():
-        llama(prompt(170), past_key_values=cache)
+        llama(prompt(160), past_key_values=cache)
         decoder = CapturedDecoder(llama, cache, capacity=512)
         before = [id(x) for x in decoder._tensors()] + [x.data_ptr() for x in cache.layers[0].tail]
-        for token in prompt(2 * 64 + 1).T:
+        for token in prompt(70).T:
             decoder.step(token)
-        assert cache.layers[0].parts.tokens == 128 + 128
+        assert cache.layers[0].parts.tokens == 64 + 128
         assert [id(x) for x in decoder._tensors()] + [x.data_ptr() for x in cache.layers[0].tail] == before
+
+
+@pytest.mark.parametrize("method", ["exact", "turboquant", "affine"])
+def test_a_block_is_compressed_where_the_device_says(llama, method):
+    """What a GPU replays, run as it is: the same pages in the same places as compressing into a growing run."""
+    more = prompt(70).flip(1)
+    held = []
+    for turns in (False, True):
+        with serve(llama, calibration(llama, method)) as cache, torch.no_grad():
+            llama(prompt(160), past_key_values=cache)
+            decoder = CapturedDecoder(llama, cache, capacity=512)
+            decoder._may_turn = turns
+            for token in more.T:
+                decoder.step(token)
+            layer = cache.layers[0]  # the second layer's keys differ by roundings
+            used = layer.parts._used(layer.parts.whole()[0][0])
+            held.append([*used, layer.keys, layer.values, torch.tensor([layer.parts.tokens, layer.filled])])
+            assert decoder._turns == turns
+    for grown, turned in zip(*held, strict=True):
+        assert torch.equal(grown, turned)
+    assert held[0][-1].tolist() == [192, 38]
+
+
+def test_what_overflows_when_compressed_is_refused(llama):
+    with serve(llama, calibration(llama, "exact")) as cache, torch.no_grad():
+        llama(prompt(160), past_key_values=cache)
+        decoder = CapturedDecoder(llama, cache, capacity=512)
+        decoder._turns = True
+        cache.layers[0].tail[0][0, 0, 7, 0] = torch.nan
+        steps = map(decoder.step, prompt(64).T)
+        with pytest.raises(ModelError, match="found NaN"):
+            list(steps)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_generate_replays_within_a_capacity(llama, batch):
     made = calibration(llama)
-    ids = prompt(170, batch)
+    ids = prompt(160, batch)
     with serve(llama, made) as cache:
-        plain = llama.generate(ids, max_new_tokens=150, past_key_values=cache, **PLAIN)
+        plain = llama.generate(ids, max_new_tokens=80, past_key_values=cache, **PLAIN)
     with serve(llama, made, capacity=400) as cache:
-        replayed = llama.generate(ids, max_new_tokens=150, past_key_values=cache, **PLAIN)
+        replayed = llama.generate(ids, max_new_tokens=80, past_key_values=cache, **PLAIN)
         assert all(isinstance(layer, StaticLayer) for layer in cache.layers)
-        assert cache.get_seq_length() == 170 + 149
+        assert cache.get_seq_length() == 160 + 79
     assert torch.equal(plain, replayed)
     assert "forward" not in vars(llama)
 
@@ -118,7 +150,7 @@ def test_a_second_turn_and_a_crop_leave_the_static_shapes_and_come_back(llama):
     def turns(cache):
         out = []
         with torch.no_grad():
-            for piece in (ids[:, :170], *ids[:, 170:180].split(1, 1), ids[:, 180:250]):
+            for piece in (ids[:, :160], *ids[:, 160:170].split(1, 1), ids[:, 170:250]):
                 out.append(llama(piece, past_key_values=cache).logits[:, -1])
             cache.crop(-3)
             for piece in ids[:, 247:290].split(1, 1):
@@ -138,7 +170,7 @@ def test_a_second_turn_and_a_crop_leave_the_static_shapes_and_come_back(llama):
 
 def test_beams_decode_as_ever(llama):
     made = calibration(llama, "exact")
-    ids = prompt(170, 1)
+    ids = prompt(160, 1)
     plain = llama.generate(ids, max_new_tokens=70, num_beams=3, **PLAIN)
     with serve(llama, made, capacity=400) as cache:
         served = llama.generate(ids, max_new_tokens=70, num_beams=3, past_key_values=cache, **PLAIN)
@@ -161,7 +193,7 @@ def test_a_prompt_shorter_than_the_window_has_no_page_yet(llama):
 def test_what_cannot_be_static_decodes_as_ever_after_a_warning(llama):
     made = calibration(llama, "exact")
     sparing = Calibration(made.method, made.shape, {}, CachePolicy(window=32, exact_layers=(0,)))
-    ids = prompt(170)
+    ids = prompt(160)
     with ExitStack() as stack:
         with pytest.warns(UserWarning, match="layer 0 is not compressed"):
             cache = stack.enter_context(serve(llama, sparing, capacity=300))
@@ -172,9 +204,9 @@ def test_what_cannot_be_static_decodes_as_ever_after_a_warning(llama):
 
 
 def test_padding_is_refused_within_a_capacity_too(llama):
-    mask = torch.ones(2, 171, dtype=torch.long)
+    mask = torch.ones(2, 161, dtype=torch.long)
     with serve(llama, calibration(llama), capacity=300) as cache, torch.no_grad():
-        llama(prompt(170), past_key_values=cache)
+        llama(prompt(160), past_key_values=cache)
         mask[0, 3] = 0
         with pytest.raises(ModelError, match="padded batches"):
             llama(prompt(1), attention_mask=mask, past_key_values=cache)
@@ -183,7 +215,7 @@ def test_padding_is_refused_within_a_capacity_too(llama):
 def test_the_model_may_be_compiled(llama):
     """Graph breaks at the attention, the same numbers."""
     made = calibration(llama)
-    ids, more = prompt(170), prompt(5)
+    ids, more = prompt(160), prompt(5)
     grown, *_ = steps_of(llama, made, ids, more, static=False)
     compiled = torch.compile(llama, backend="eager", dynamic=True)
     with serve(llama, made) as cache, torch.no_grad():
