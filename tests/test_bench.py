@@ -10,9 +10,12 @@ from kvtool.attention import Attended
 from kvtool.backends import Backend
 from kvtool.bench import Request, bench, default_subject
 from kvtool.bench.run import check_numerics
+from kvtool.bench.subject import MODEL_SHAPES, Subject
 from kvtool.bench.timing import time_step
 from kvtool.cli import app
 from kvtool.errors import BackendError, InputError
+from kvtool.methods import make_method
+from kvtool.methods.base import LayerCalibration, nbytes
 
 CPU = torch.device("cpu")
 
@@ -39,11 +42,23 @@ def test_a_cache_repeats_its_sample_page_by_page():
     assert torch.equal(kv.key_pages[1, :, 64:], kv.key_pages[0, :, :2])
 
 
-def test_wrong_code_is_not_timed():
+def test_a_method_without_blocks_compresses_the_whole_prompt():
+    shape = MODEL_SHAPES["smollm2-135m"]
+    method = make_method("eviction", {"policy": "snapkv", "budget": "25%"})
+    subject = Subject(method, LayerCalibration(0, shape, None, {"fraction": torch.tensor(0.25)}), "a test")
+    kv = subject.cache(512, 2, CPU)
+    assert nbytes(kv) <= 0.25 * 2 * 512 * subject.full_bytes_per_token
+    assert subject.bytes_per_token <= 0.25 * subject.full_bytes_per_token
+    assert check_numerics(subject, Backend("reference"), CPU) < 1e-5
+
+
+@pytest.mark.parametrize("factor", [1.01, float("nan")])
+def test_wrong_code_is_not_timed(factor):
     class Wrong:
         def attend(self, method, queries, kv, layer, *, positions, scale, softcap=None, gluon=False):
             exact = method.attend(queries, kv, layer, positions=positions, scale=scale, softcap=softcap)
-            return Attended(1.01 * exact.out, exact.lse)
+            # only the longer of the lengths that are tried is wrong
+            return Attended(exact.out * (factor if len(positions) > 64 else 1), exact.lse)
 
     subject = default_subject("smollm2-135m", 4)
     assert check_numerics(subject, Backend("reference"), CPU) < 1e-5

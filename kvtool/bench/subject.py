@@ -12,7 +12,7 @@ from kvtool import packing
 from kvtool.calibration import Calibration
 from kvtool.errors import InputError
 from kvtool.methods import make_method
-from kvtool.methods.base import LayerCalibration, Method, nbytes
+from kvtool.methods.base import LOOKS_BACK, LayerCalibration, Method, nbytes
 from kvtool.shapes import LayerKind, LayerShape
 
 _SAMPLE = 4096  # tokens compressed once; longer caches repeat them
@@ -88,6 +88,8 @@ class Subject:
 
     def cache(self, tokens: int, batch: int, device: torch.device, seed: int = 0) -> Any:
         """A compressed cache of ``tokens``, whole pages; beyond a sample of 4096 tokens its pages repeat."""
+        if self.method.block is None and not self.method.moves:
+            return self._at_once(tokens, batch, device, seed)
         # estimates and keys must agree at every position
         sample = tokens if self.reads_a_part else min(tokens, _SAMPLE)
         positions = torch.arange(sample, device=device)
@@ -102,10 +104,21 @@ class Subject:
             kv = kv._replace(outside=torch.zeros_like(kv.outside))
         return type(kv)(*(_repeat(field, tokens, sample, batch) for field in kv))
 
+    def _at_once(self, tokens: int, batch: int, device: torch.device, seed: int) -> Any:
+        """A cache that is made once from a whole prompt, with random queries to say what matters of it."""
+        keys, values = self.random(tokens, batch, device, seed)
+        generator = torch.Generator(device).manual_seed(seed + 2)
+        dims = (batch, self.shape.num_heads, LOOKS_BACK, self.shape.head_dim)
+        queries = (
+            1.5 / (self.shape.scale * self.shape.head_dim**0.5) * torch.randn(dims, generator=generator, device=device)
+        )
+        positions = torch.arange(tokens, device=device)
+        return self.method.compress(keys, values, self.layer, positions=positions, queries=queries)[0]
+
     @cached_property
     def bytes_per_token(self) -> float:
         """Bytes of one layer per token and sequence, measured on a compressed sample."""
-        tokens = 4 * packing.PAGE
+        tokens = _SAMPLE if self.method.block is None else 4 * packing.PAGE
         device = next((tensor.device for tensor in self.layer.tensors.values()), torch.device("cpu"))
         return nbytes(self.cache(tokens, 1, device)) / tokens
 
