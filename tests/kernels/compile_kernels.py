@@ -139,13 +139,12 @@ def sign_jobs(dims, square, loop, limit, target):
     signs = {"BITS": 128, "KEY_GROUPS": 4, "VALUE_GROUPS": 4, "COSINE": True, "HELD": True}
     codes = {"VALUE_WIDTH": 4, "VALUE_UNIT": decode_affine.UNIT[4], "VALUE_ZERO": 0}
     yield "h1b", decode_h1b.decode, {**dims, **loop, **signs, **codes}, {"num_warps": 4, **limit}
-    groups = 4 if hopper else 2
-    spaces = {"D": 32 * groups, "GROUPS": groups, "SPACES": groups, "SPAN": 1, "PARTS": 1}
+    spaces = {"D": 128, "GROUPS": 4, "SPACES": 4, "SPAN": 1, "PARTS": 1}
     stages = {"KEY_STAGES": 1, "VALUE_STAGES": 1, "EXTRA": 0}
+    if not hopper:  # another shape, because either takes the compiler long
+        spaces = {"D": 64, "GROUPS": 2, "SPACES": 1, "SPAN": 2, "PARTS": 1}
+        stages = {"KEY_STAGES": 1, "VALUE_STAGES": 2, "EXTRA": 16}
     yield "rina", decode_rina.decode, {**dims, **loop, **spaces, **stages}, {"num_warps": 4, **limit}
-    if hopper:
-        more = {"D": 64, "GROUPS": 2, "SPACES": 1, "SPAN": 2, "EXTRA": 16, "VALUE_STAGES": 2}
-        yield "rina extra", decode_rina.decode, {**dims, **loop, **spaces, **stages, **more}, {"num_warps": 4}
 
 
 def starts(widths):
