@@ -29,5 +29,7 @@ def test_kernels_compile(target, tmp_path):
         assert found["decode_gluon 4"]["registers"] <= 128
         assert found["decode_gluon mixed"]["registers"] <= 128
         assert found["decode_gluon 1"]["registers"] <= 80
+        assert found["score"]["registers"] <= 128
+        assert found["rescore"]["registers"] <= 128
     if target != "sm_80":
         assert "levels" in found
