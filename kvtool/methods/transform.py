@@ -60,6 +60,7 @@ class Transform(Method):
     name: ClassVar[str] = "transform"
     paper: ClassVar[str] = "https://arxiv.org/abs/2511.01815"
     summary: ClassVar[str] = "transform coding fitted to the model, with bits spent where attention needs them"
+    sees_sinks: ClassVar[bool] = True
 
     bits: float = Field(2.25, ge=0.5, le=16, description="average bits per value, gains and flags included")
     scope: Literal["model", "layer"] = Field("model", description="share the budget over the model, or layer by layer")
