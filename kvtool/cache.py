@@ -266,6 +266,12 @@ class CompressedCache(Cache):
         self.steps = 0  # passes of one token in a row
         super().__init__(layers=layers)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Take in new tokens of one layer; what is around this may be compiled."""
+        keys, values = super().update(*args, **kwargs)
+        return keys, values
+
     def compressed_layers(self) -> Iterator[tuple[int, CompressedLayer]]:
         """Index and layer of every layer that is compressed."""
         return ((i, layer) for i, layer in enumerate(self.layers) if isinstance(layer, CompressedLayer))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvtool.backends import choose_backend
 from kvtool.calibration import Calibration
 from kvtool.errors import InputError
 from kvtool.models import LoadedModel
@@ -77,7 +78,10 @@ def generate(
         return _generated(loaded, ids, out, "full", 16.0, full, full)
     from kvtool.runtime import serve
 
-    with serve(loaded.model, calibration, backend=backend) as cache:
+    chosen = choose_backend(backend, calibration.method, loaded.model.device)
+    # launching kernels from Python would take longer than they do
+    capacity = None if chosen.kernel is None else ids.shape[1] + max_new_tokens
+    with serve(loaded.model, calibration, backend=chosen.name, capacity=capacity) as cache:
         out = loaded.model.generate(ids, past_key_values=cache, **options)
         cost = cache.nbytes()
         made = _generated(loaded, ids, out, cache.backend.name, cost.bits_per_value, cost.stored, 2 * cost.values)

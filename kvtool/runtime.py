@@ -92,6 +92,7 @@ def serve(
             del _served[config]
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # what is around it may be compiled
 def _serve_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
