@@ -30,6 +30,7 @@ from kvtool.kernels import (
     query,
     query_levels,
     sketch,
+    tail,
 )
 from kvtool.kernels.fragments import OFFSET
 
@@ -39,7 +40,8 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 POINTERS = {
-    **dict.fromkeys(("QUERIES", "X", "KEYS", "VALUES"), "*bf16"),
+    **dict.fromkeys(("QUERIES", "X", "KEYS", "VALUES", "NEW_KEY", "NEW_VALUE"), "*bf16"),
+    **dict.fromkeys(("LENGTH",), "*i64"),
     **dict.fromkeys(("QUERY",), "*i8"),
     **dict.fromkeys(("KINDS", "EXTRA_INDEX", "EXTRA_BITS", "EXTRA_LEVELS"), "*u8"),
     **dict.fromkeys(("KEY_SCALES", "VALUE_SCALES", "SCALES"), "*fp16"),
@@ -64,6 +66,8 @@ def jobs(target: str):
     square = {"D": 128, "C": 128, "DIMS": 128, "CHANNELS": 128, "PDL": hopper}
     yield "prepare", query.prepare, {**dims, **square, "PER": 128, "S": 1, "TILE": 16}, {"num_warps": 8}
     yield "merge", merge.merge, {**dims, **square, "SPLITS": 64, "SLOTS": None}, {"num_warps": 8}
+    exact = {"H": 8, "GROUP": 4, "D": 128, "DIMS": 128, "BLOCK": 64, "CAPPED": False, "WIDE": False, "EARLY": True}
+    yield "tail", tail._tail, {**exact, "PDL": hopper}, {"num_warps": 8, "num_stages": 2}
     yield from level_jobs(dims, square, target)
     yield "mean", mean._polynomial, {"HALF": 64, "BLOCK": 64}, {"num_warps": 4}
     four = (4, 4, 4, 4)

@@ -19,7 +19,7 @@ def test_kernels_compile(target, tmp_path):
     done = subprocess.run([sys.executable, PROGRAM, target], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     found = {record["kernel"]: record for record in map(json.loads, done.stdout.splitlines())}
-    assert {"prepare", "merge", "mean", "encode", "decode 4"} <= set(found)
+    assert {"prepare", "merge", "mean", "encode", "tail", "decode 4"} <= set(found)
     for record in found.values():
         assert record["stack"] == 0, record
         assert record["shared"] <= SHARED[target], record
