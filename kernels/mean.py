@@ -6,7 +6,8 @@ In the pairs of the rotary embedding (channels c and c + R/2) this is a trigonom
 
 whose amplitude sum_c |(a_c, b_c)| bounds it, so 16 bits of it are enough: 1/65534 of the amplitude is at most 1e-3 nats
 up to 65 nats (SmolLM2-135M's largest is 55). A page that begins at n = 64p needs a and b turned once by the angle
-64 p t, and then one product with the table of cos(r t), sin(r t), r < 64, which all pages share.
+64 p t, and then one product with the table of cos(r t), sin(r t), r < 64, which all pages share. The rows of that
+product are the query rows of a KV head for as many pages as fill a tile of the tensor cores.
 """
 
 from functools import lru_cache
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from kvtool import packing
+from kvtool.kernels.launch import nvidia
 from kvtool.shapes import Rope
 
 
@@ -39,36 +41,39 @@ def mean_logits(queries: Tensor, mean: Tensor, rope: Rope, positions: Tensor, sc
 
     Positions are consecutive and T is a multiple of 64. Channels beyond the rotary width add the same to all logits.
     """
-    B, HQ, S, _ = queries.shape
+    B, HQ, S, D = queries.shape
     H, T = mean.shape[0], len(positions)
-    half = len(rope.inv_freq)
-    q = (scale * queries.float()).reshape(B, H, -1, queries.shape[-1])
-    m = mean[:, None].float()
-    q1, q2, rest = q[..., :half], q[..., half : 2 * half], (q * m)[..., 2 * half :].sum(-1)
-    m1, m2 = m[..., :half], m[..., half : 2 * half]
-    a, b = q1 * m1 + q2 * m2, q2 * m1 - q1 * m2  # [B, H, rows, half]
-    rows = a.shape[2]
-    # the table of cosines is scaled once more, by the rotary embedding
-    unit = (rope.scaling * (a.square() + b.square()).sqrt().sum(-1) + rest.abs()).clamp_min(1e-30) / 32767
-    start_cos, start_sin = _starts(rope, positions)
-    step_cos, step_sin = _steps(rope, queries.device)
-    out = torch.empty(B, H, rows, T, dtype=torch.int16, device=queries.device)
-    _polynomial[(B * H, triton.cdiv(rows, 16), T // packing.PAGE)](
-        a.contiguous(),
-        b.contiguous(),
-        rest.contiguous(),
-        1 / unit,
-        start_cos,
-        start_sin,
-        step_cos,
-        step_sin,
+    half, rows, pages = len(rope.inv_freq), HQ // H * S, T // packing.PAGE
+    padded, block = triton.next_power_of_2(rows), triton.next_power_of_2(half)
+    tile = max(padded, 64)
+    queries = queries if queries.stride(-1) == 1 else queries.contiguous()
+    out = torch.empty(B, HQ, S, T, dtype=torch.int16, device=queries.device)
+    unit = torch.empty(B, HQ, S, dtype=torch.float32, device=queries.device)
+    _polynomial[(B * H, triton.cdiv(pages, tile // padded))](
+        queries,
+        mean.float().contiguous(),
+        *_starts(rope, positions),
+        *_steps(rope, queries.device),
         out,
+        unit,
         rows,
-        T,
+        pages,
+        *queries.stride()[:3],
+        scale,
+        rope.scaling,
+        H=H,
+        S=S,
+        D=D,
+        DIMS=triton.next_power_of_2(D),
         HALF=half,
-        BLOCK=triton.next_power_of_2(half),
+        BLOCK=block,
+        ROWS=padded,
+        TILE=tile,
+        STEP=min(block, 16),
+        PRECISION="tf32x3" if nvidia(queries.device) else "ieee",
+        num_warps=4,
     )
-    return out.reshape(B, HQ, S, T), unit.reshape(B, HQ, S)
+    return out, unit
 
 
 _tables = WeakIdKeyDictionary()
@@ -91,38 +96,72 @@ def _steps(rope: Rope, device: torch.device) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def _polynomial(
-    A,  # float32 [B*H, rows, HALF]
-    B,
-    REST,  # float32 [B*H, rows]
-    INVERSE,  # float32 [B*H, rows], of the units
+    QUERIES,  # [B, HQ, S, D], any float
+    MEAN,  # float32 [H, D]
     START_COS,  # float32 [pages, HALF]
     START_SIN,
     STEP_COS,  # float32 [64, HALF]
     STEP_SIN,
-    OUT,  # int16 [B*H, rows, T]
-    rows,
-    T,
+    OUT,  # int16 [B*H, rows, 64*pages]
+    UNIT,  # float32 [B*H, rows]
+    rows,  # query heads per KV head * S
+    pages,
+    query_b,
+    query_h,
+    query_s,
+    scale,
+    scaling,  # of the rotary embedding's table
+    H: tl.constexpr,
+    S: tl.constexpr,
+    D: tl.constexpr,
+    DIMS: tl.constexpr,  # D, HALF and rows, rounded up to powers of two
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
+    STEP: tl.constexpr,  # channels at a time
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,  # rows of the product: TILE / ROWS pages of all query rows
+    PRECISION: tl.constexpr,
 ):
-    head, page = tl.program_id(0).to(tl.int64), tl.program_id(2)
-    row = tl.program_id(1) * 16 + tl.arange(0, 16)
-    c = tl.arange(0, BLOCK)
+    """One program: all query rows of a KV head over a few pages."""
+    head, first = tl.program_id(0), tl.program_id(1)
+    m = tl.arange(0, TILE)
+    row, page = m % ROWS, first * (TILE // ROWS) + m // ROWS
+    live = row < rows
+    h = head % H
+    at = (head // H).to(tl.int64) * query_b + (h * (rows // S) + row // S) * query_h + (row % S) * query_s
     r = tl.arange(0, 64)
-    at = (head * rows + row)[:, None] * HALF + c[None, :]
-    live = (row < rows)[:, None] & (c < HALF)[None, :]
-    a, b = tl.load(A + at, mask=live, other=0.0), tl.load(B + at, mask=live, other=0.0)
-    cos = tl.load(START_COS + page * HALF + c, mask=c < HALF, other=0.0)[None, :]
-    sin = tl.load(START_SIN + page * HALF + c, mask=c < HALF, other=0.0)[None, :]
-    table = r[None, :] * HALF + c[:, None]
-    inside = (c < HALF)[:, None] & (r >= 0)[None, :]
-    step_cos = tl.load(STEP_COS + table, mask=inside, other=0.0)
-    step_sin = tl.load(STEP_SIN + table, mask=inside, other=0.0)
-    # tf32 alone would cost 1e-3 of a logit
-    logits = tl.dot(a * cos + b * sin, step_cos, input_precision="ieee")
-    logits += tl.dot(b * cos - a * sin, step_sin, input_precision="ieee")
-    logits += tl.load(REST + head * rows + row, mask=row < rows, other=0.0)[:, None]
-    logits *= tl.load(INVERSE + head * rows + row, mask=row < rows, other=0.0)[:, None]
+    logits = tl.zeros([TILE, 64], tl.float32)
+    unit = tl.zeros([TILE], tl.float32)
+    for start in tl.range(0, BLOCK, STEP):
+        c = start + tl.arange(0, STEP)
+        turns = (c < HALF)[None, :]
+        q1 = tl.load(QUERIES + at[:, None] + c[None, :], mask=live[:, None] & turns, other=0.0).to(tl.float32)
+        q2 = tl.load(QUERIES + at[:, None] + HALF + c[None, :], mask=live[:, None] & turns, other=0.0).to(tl.float32)
+        m1 = scale * tl.load(MEAN + h * D + c, mask=c < HALF, other=0.0)[None, :]
+        m2 = scale * tl.load(MEAN + h * D + HALF + c, mask=c < HALF, other=0.0)[None, :]
+        a, b = q1 * m1 + q2 * m2, q2 * m1 - q1 * m2
+        unit += tl.sum(tl.sqrt(a * a + b * b), 1)
+        inside = (page < pages)[:, None] & turns
+        cos = tl.load(START_COS + page[:, None] * HALF + c[None, :], mask=inside, other=0.0)
+        sin = tl.load(START_SIN + page[:, None] * HALF + c[None, :], mask=inside, other=0.0)
+        table = r[None, :] * HALF + c[:, None]
+        known = (c < HALF)[:, None] & (r >= 0)[None, :]
+        step_cos = tl.load(STEP_COS + table, mask=known, other=0.0)
+        step_sin = tl.load(STEP_SIN + table, mask=known, other=0.0)
+        # tf32 alone would cost 1e-3 of a logit; three products of it are as good as float32
+        logits += tl.dot(a * cos + b * sin, step_cos, input_precision=PRECISION)
+        logits += tl.dot(b * cos - a * sin, step_sin, input_precision=PRECISION)
+    rest = tl.zeros([TILE], tl.float32)
+    if D > 2 * HALF:
+        d = tl.arange(0, DIMS)
+        still = (d >= 2 * HALF) & (d < D)
+        q = tl.load(QUERIES + at[:, None] + d[None, :], mask=live[:, None] & still[None, :], other=0.0).to(tl.float32)
+        rest = scale * tl.sum(q * tl.load(MEAN + h * D + d, mask=still, other=0.0)[None, :], 1)
+    # the table of cosines is scaled once more, by the rotary embedding
+    unit = tl.maximum(scaling * unit + tl.abs(rest), 1e-30) / 32767
+    if first == 0:
+        tl.store(UNIT + head * rows + row, unit, mask=live & (m < ROWS))
+    logits = (logits + rest[:, None]) / unit[:, None]
     logits = tl.minimum(tl.maximum(tl.floor(logits + 0.5), -32767.0), 32767.0).to(tl.int16)
-    to = OUT + (head * rows + row)[:, None] * T + page * 64 + r[None, :]
-    tl.store(to, logits, mask=(row < rows)[:, None] & (r >= 0)[None, :])
+    to = OUT + ((head.to(tl.int64) * rows + row) * (pages * 64) + page * 64)[:, None] + r[None, :]
+    tl.store(to, logits, mask=(live & (page < pages))[:, None] & (r >= 0)[None, :])

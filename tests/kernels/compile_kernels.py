@@ -56,7 +56,7 @@ POINTERS = {
     ),
 }
 SMALL = dict.fromkeys(("KEY_NORMS", "VALUE_NORMS", "KEY_LEVELS", "VALUE_LEVELS"), "*i32")  # rina's
-FLOATS = ("factor", "softcap", "step", "root", "spread", "share", "p", "scaling", "square_factor")
+FLOATS = ("factor", "softcap", "step", "root", "spread", "share", "p", "scale", "scaling", "square_factor")
 
 
 def jobs(target: str):
@@ -69,7 +69,8 @@ def jobs(target: str):
     exact = {"H": 8, "GROUP": 4, "D": 128, "DIMS": 128, "BLOCK": 64, "CAPPED": False, "WIDE": False, "EARLY": True}
     yield "tail", tail._tail, {**exact, "PDL": hopper}, {"num_warps": 8, "num_stages": 2}
     yield from level_jobs(dims, square, target)
-    yield "mean", mean._polynomial, {"HALF": 64, "BLOCK": 64}, {"num_warps": 4}
+    turned = {"H": 8, "S": 1, "D": 128, "DIMS": 128, "HALF": 64, "BLOCK": 64, "STEP": 16, "ROWS": 4, "TILE": 64}
+    yield "mean", mean._polynomial, {**turned, "PRECISION": "tf32x3" if nvidia else "ieee"}, {"num_warps": 4}
     four = (4, 4, 4, 4)
     units = {"GROUPS": 4, "OFFSETS": starts(four), "HALF": 64, "DIMS": 128, "H": 8, "D": 128, "C": 128, "SCALE": 1}
     flags = {"KEYS": True, "CENTRED": True, "TURNED": True, "WIDTHS": four}
