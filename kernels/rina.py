@@ -53,6 +53,9 @@ def refuses(method: RINA, *, gluon: bool = False) -> str | None:
     """Why these options have no kernel; None if they have one."""
     if method.variant == "published":
         return "rina as published has levels of tiles, and the kernels read levels of tokens"
+    if method.extra or method.target_bits is not None:
+        # right in Triton's interpreter, and on the card for one step of pages, but not for many
+        return "rina with extra stages of some keys was wrong on an H100"
     return "rina has levels per sub-space, which only the triton back end reads" if gluon else None
 
 

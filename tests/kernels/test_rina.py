@@ -91,6 +91,8 @@ def test_what_has_no_kernel_is_refused():
     assert "triton" in kernels.refuses(method, gluon=True)
     assert kernels.refuses(method) is None
     assert "published" in kernels.refuses(make_method("rina", {"variant": "published"}))
+    assert "extra" in kernels.refuses(make_method("rina", {"extra": 5}))
+    assert "extra" in kernels.refuses(make_method("rina", {"target_bits": 1.25}))
     queries, kv, layer, arguments = compressed(method, 64, 2)
     with pytest.raises(BackendError, match="value_halves"):
         kernels.attend(method, queries, kv._replace(value_halves=kv.value_halves[..., ::2]), layer, **arguments)
