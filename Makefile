@@ -17,8 +17,9 @@ demo: $(VENV)/demo
 	$(BIN)/kvtool verify-bound
 	$(BIN)/kvtool eval $(EVAL)
 
+# a worker a core of a small machine; threads of the tests' tiny models only get in each other's way
 test: $(VENV)/dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
