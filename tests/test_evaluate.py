@@ -208,6 +208,31 @@ def test_what_a_method_notes_of_its_pages_is_in_the_row_and_the_caption(tiny_mod
         assert "my fp8: 12.5% of pages odd" in markdown(found)
 
 
+@pytest.mark.parametrize(
+    ("steps", "tasks", "segments", "trials"), [(5, ["kld"], 2, None), (9, ["kld", "passkey"], 3, 1)]
+)
+def test_an_interrupted_run_keeps_what_all_had_finished(tiny_model, steps, tasks, segments, trials):
+    calls = []
+
+    def stop(done, total):
+        calls.append(done)
+        if done == steps:
+            raise KeyboardInterrupt
+
+    own, contestants = corpus(tiny_model), [contestant(tiny_model), Contestant("full", None)]
+    found = evaluate(tiny_model, contestants, SMALL, text=own, haystack=own, progress=stop)
+    assert isinstance(found.stopped, KeyboardInterrupt)
+    for row in found.rows:
+        assert row["tasks"] == tasks
+        assert row["segments"] == segments
+        assert (row["passkey_trials"] if "passkey" in tasks else None) == trials
+    assert "my fp8" in markdown(found.rows)
+    calls.clear()
+    steps = 1
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(tiny_model, contestants, SMALL, text=own, haystack=own, progress=lambda done, total: stop(1, total))
+
+
 def test_generated_text_is_the_models_own_and_depends_on_the_seed_alone(tiny_model):
     ids = torch.randint(3, 97, (3, 61))
     torch.manual_seed(1)

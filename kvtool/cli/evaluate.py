@@ -141,6 +141,8 @@ def evaluate(
         home.write_atomically(out, body)
         talk.print(f"written: {out}")
     emit(result.rows, lambda: table(result.rows), as_json=as_json)
+    if result.stopped is not None:
+        raise type(result.stopped)("stopped; the rows hold the segments and prompts that all had finished") from None
     tested_rows = [row for row in result.rows if row["kind"] == "calibration"]
     failures = [failure for gate in gates for row in tested_rows if (failure := gate.failure(row))]
     for failure in result.problems + failures:

@@ -65,10 +65,14 @@ class Corpus(NamedTuple):
 
 
 class Result(NamedTuple):
-    """rows: sorted by bits. problems: reasons not to believe them; any makes the run a failed check."""
+    """rows: sorted by bits. problems: reasons not to believe them; any makes the run a failed check.
+
+    stopped: the interrupt that ended it early; the rows then hold what all contestants had finished.
+    """
 
     rows: list[Row]
     problems: list[str]
+    stopped: KeyboardInterrupt | None = None
 
 
 def evaluate(
@@ -93,14 +97,12 @@ def evaluate(
             one.calibration.check_fits(loaded.shape, loaded.name)
     run = _Run(loaded, contestants, protocol, text, haystack, progress)
     with torch.inference_mode():
-        if "kld" in protocol.tasks:
-            run.drift()
-        for task in protocol.tasks:
-            if task != "kld":
-                run.recall(task)
+        for task in sorted(protocol.tasks, key=lambda task: task != "kld"):
+            if run.stopped is None:
+                run.measure(task)
     ordered = sorted(run.rows.values(), key=lambda row: (row["bits"], row["name"]))
     row.mark_pareto(ordered)
-    return Result(ordered, run.problems)
+    return Result(ordered, run.problems, run.stopped)
 
 
 class _Run:
@@ -129,13 +131,26 @@ class _Run:
         del common["backend"]  # asked for; the row's own says which was chosen
         self.rows: dict[str, Row] = {one.name: row.describe(one) | common for one in contestants}
         self.problems: list[str] = []
+        self.finished: list[str] = []
+        self.stopped: KeyboardInterrupt | None = None
+
+    def measure(self, task: str) -> None:
+        """One task. If it is interrupted, what is done of it counts; with nothing done at all, so be it."""
+        done = self.drift() if task == "kld" else self.recall(task)
+        if done:
+            self.finished.append(task)
+        if self.stopped is not None:
+            if not self.finished:
+                raise self.stopped
+            for one in self.rows.values():
+                one["tasks"] = list(self.finished)
 
     def step(self) -> None:
         self.done += 1
         self.progress(self.done, self.total)
 
-    def drift(self) -> None:
-        """The task kld."""
+    def drift(self) -> int:
+        """The task kld; how many segments were scored."""
         protocol, model = self.protocol, self.model
         length, bos = protocol.prefix + protocol.score + 1, begin_of_text(self.loaded.tokenizer)
         ids = take_segments(self.text.ids, count=protocol.segments, length=length, bos=bos)
@@ -143,18 +158,24 @@ class _Run:
             ids = continue_segments(model, ids, prefix=protocol.prefix, seed=protocol.seed)
         what = {"task": "kld", "ids": _hash(ids.tolist()), "prefix": protocol.prefix, "chunk": protocol.chunk}
         store = Store.of(**what, **self.setting, queries=self.queries)
-        tallies = {one.name: Tally() for one in self.compressed}
-        for segment in segments(
-            model, ids.to(model.device), store, prefix=protocol.prefix, chunk=protocol.chunk, queries=self.queries
-        ):
-            self.step()
-            for one in self.compressed:
-                tally = tallies[one.name]
-                score_segment(model, one, segment, tally, chunk=protocol.chunk, backend=protocol.backend)
+        tallies, done = {one.name: Tally() for one in self.compressed}, 0
+        try:
+            for segment in segments(
+                model, ids.to(model.device), store, prefix=protocol.prefix, chunk=protocol.chunk, queries=self.queries
+            ):
                 self.step()
+                for one in self.compressed:
+                    tally = tallies[one.name]
+                    score_segment(model, one, segment, tally, chunk=protocol.chunk, backend=protocol.backend)
+                    self.step()
+                done += 1
+        except KeyboardInterrupt as stop:
+            self.stopped = stop
+        if not done:
+            return 0
         for one in self.compressed:
             tally = tallies[one.name]
-            size, measured = tally.nbytes, drift(tally.scores, protocol.prefix)
+            size, measured = tally.nbytes, drift(tally.scores[:done], protocol.prefix)
             assert size is not None
             self.rows[one.name] |= (
                 row.drift_row(measured) | row.tally_row(tally) | row.bytes_row(size, compressed=not one.lossless)
@@ -164,9 +185,14 @@ class _Run:
             if one.calibration is None:
                 assert size is not None
                 self.rows[one.name] |= row.full_row(measured) | row.bytes_row(size, compressed=False)
+            self.rows[one.name]["segments"] = done
+        return done
 
-    def recall(self, task: str) -> None:
-        """The tasks passkey and multikey. The full cache answers each prompt first; its answers are kept by hash."""
+    def recall(self, task: str) -> int:
+        """The tasks passkey and multikey; how many prompts were answered by all.
+
+        The full cache answers each prompt first; its answers are kept by hash.
+        """
         protocol, model = self.protocol, self.model
         prompts = make_prompts(
             self.loaded.tokenizer,
@@ -183,36 +209,47 @@ class _Run:
         outcomes: dict[str, list[Outcome]] = {one.name: [] for one in self.contestants}
         sizes: dict[str, CacheBytes] = {}
         notes: dict[str, list[dict[str, float]]] = {one.name: [] for one in self.compressed}
-        full = []
-        for i, prompt in enumerate(prompts):
-            ids = torch.tensor([prompt.context], device=model.device)
-            prefill = exact_prefill(model, ids, last_queries=self.queries, chunk=PREFILL_CHUNK)
-            known = store.load(str(i))
-            if known is None:
-                outcome = answer(model, fork(prefill.cache), prompt, chunk=protocol.chunk)
-                store.save(str(i), {"outcome": torch.tensor([float(outcome.hit), outcome.margin], dtype=torch.float64)})
-            else:
-                outcome = Outcome(bool(known["outcome"][0]), known["outcome"][1].item())
-            full.append(outcome)
-            self.step()
-            for one in self.compressed:
-                assert one.calibration is not None
-                adopted = own_prefill(model, one.calibration, ids, prefill)
-                with serve(model, one.calibration, backend=protocol.backend) as cache:
-                    cache.adopt(adopted)
-                    sizes[one.name] = cache.nbytes()
-                    notes[one.name] += notes_of(cache)
-                    outcomes[one.name].append(answer(model, cache, prompt, chunk=protocol.chunk))
-                self.rows[one.name]["backend"] = cache.backend.name
+        full: list[Outcome] = []
+        done = 0
+        try:
+            for i, prompt in enumerate(prompts):
+                ids = torch.tensor([prompt.context], device=model.device)
+                prefill = exact_prefill(model, ids, last_queries=self.queries, chunk=PREFILL_CHUNK)
+                known = store.load(str(i))
+                if known is None:
+                    outcome = answer(model, fork(prefill.cache), prompt, chunk=protocol.chunk)
+                    store.save(
+                        str(i), {"outcome": torch.tensor([float(outcome.hit), outcome.margin], dtype=torch.float64)}
+                    )
+                else:
+                    outcome = Outcome(bool(known["outcome"][0]), known["outcome"][1].item())
+                full.append(outcome)
                 self.step()
+                for one in self.compressed:
+                    assert one.calibration is not None
+                    adopted = own_prefill(model, one.calibration, ids, prefill)
+                    with serve(model, one.calibration, backend=protocol.backend) as cache:
+                        cache.adopt(adopted)
+                        sizes[one.name] = cache.nbytes()
+                        notes[one.name] += notes_of(cache)
+                        outcomes[one.name].append(answer(model, cache, prompt, chunk=protocol.chunk))
+                    self.rows[one.name]["backend"] = cache.backend.name
+                    self.step()
+                done += 1
+        except KeyboardInterrupt as stop:
+            self.stopped = stop
+        if not done:
+            return 0
         for one in self.contestants:
-            found = recall(prompts, full if one.calibration is None else outcomes[one.name])
+            answers = full if one.calibration is None else outcomes[one.name]
+            found = recall(prompts[:done], answers[:done])
             own = None if one.lossless else sizes[one.name]
             self.rows[one.name] |= row.recall_row(task, found, own, protocol.passkey_context)
             self.rows[one.name].setdefault("notes", mean_notes(notes.get(one.name, ())))
             if "bits" not in self.rows[one.name]:
                 cost = sizes.get(one.name) or next(iter(sizes.values()))
                 self.rows[one.name] |= row.bytes_row(cost, compressed=not one.lossless)
+        return done
 
 
 def _hash(what: Any) -> str:
