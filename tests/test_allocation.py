@@ -110,6 +110,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.alone
 def test_a_million_items_in_under_a_second(one_thread):
     g = torch.Generator().manual_seed(0)
     weight = (2 * torch.randn(1_000_000, generator=g)).exp()

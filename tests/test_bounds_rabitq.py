@@ -202,6 +202,7 @@ def test_no_violation_is_no_proof_of_none() -> None:
     assert result.bulk.limit == pytest.approx(1 - 0.01 ** (1 / (16 * result.bulk.keys)), rel=1e-6)
 
 
+@pytest.mark.alone
 def test_twenty_million_pairs_a_second_on_two_cores() -> None:
     """Rotation, code, estimate and statistics at head_dim 64; processor time of one thread, so load does not matter."""
     g = torch.Generator().manual_seed(0)

@@ -48,6 +48,7 @@ def test_every_command_has_help_with_an_example(command, capsys):
     assert f"kvtool {command}" in capsys.readouterr().out.split("Example", 1)[1]
 
 
+@pytest.mark.alone
 def test_help_needs_no_torch_and_is_quick():
     code = "import sys; from kvtool.cli import main; main(['--help']); print('torch' in sys.modules, file=sys.stderr)"
     begin = time.perf_counter()

@@ -5,6 +5,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
@@ -35,6 +37,7 @@ def test_importing_kvtool_is_light():
     assert run(f"import sys, kvtool; print(sorted({heavy} & set(sys.modules)))").strip() == "[]"
 
 
+@pytest.mark.alone
 def test_importing_kvtool_takes_under_a_second_and_a_half():
     # the import's own time, not the interpreter's start; a loaded machine is slower, hence the best of three
     code = "import time; t = time.perf_counter(); import kvtool; print(time.perf_counter() - t)"
