@@ -9,7 +9,7 @@ from torch import Tensor
 from kvtool import packing
 from kvtool.attention import Attended
 from kvtool.kernels import decode_affine
-from kvtool.kernels.launch import check_queries, full, merged, nvidia, processors, refuse, tile_rows
+from kvtool.kernels.launch import check_pages, check_queries, full, merged, nvidia, processors, refuse, tile_rows
 from kvtool.kernels.packed import LOG2E, table
 from kvtool.methods.affine import Affine, AffineKV
 from kvtool.methods.base import LayerCalibration
@@ -97,8 +97,7 @@ def check(queries: Tensor, kv: AffineKV) -> None:
     """
     check_queries(queries, kv.key_pages.shape[1])
     for name, pages in (("key_pages", kv.key_pages), ("value_pages", kv.value_pages)):
-        if pages.stride(-1) != 1 or pages.data_ptr() % 16 or any(stride % 16 for stride in pages.stride()[:3]):
-            refuse(name, "contiguous pages on 16-byte boundaries", f"strides {pages.stride()}")
+        check_pages(name, pages)
     for name, scales, minima in (
         ("keys' ranges", kv.key_scales, kv.key_minima),
         ("values' ranges", kv.value_scales, kv.value_minima),

@@ -9,6 +9,7 @@ from kvtool.kernels import decode_affine, decode_h1b
 from kvtool.kernels.affine import code_tables, identity
 from kvtool.kernels.launch import (
     Launch,
+    check_pages,
     check_queries,
     default_launch,
     full,
@@ -144,8 +145,7 @@ def check(queries: Tensor, kv: H1BKV) -> None:
     """
     check_queries(queries, kv.key_pages.shape[1])
     for name, pages in (("key_pages", kv.key_pages), ("value_pages", kv.value_pages)):
-        if pages.stride(-1) != 1 or pages.data_ptr() % 16 or any(stride % 16 for stride in pages.stride()[:3]):
-            refuse(name, "contiguous pages on 16-byte boundaries", f"strides {pages.stride()}")
+        check_pages(name, pages)
     if kv.value_scales.stride() != kv.value_minima.stride() or kv.value_scales.stride(-1) != 1:
         found = f"{kv.value_scales.stride()} and {kv.value_minima.stride()}"
         refuse("values' ranges", "contiguous rows, minima lying as scales do", found)

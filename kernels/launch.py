@@ -78,6 +78,16 @@ def check_queries(queries: Tensor, kv_heads: int) -> None:
         refuse("queries", "floats, contiguous in the last dimension", f"{queries.dtype}, strides {queries.stride()}")
 
 
+def check_pages(name: str, pages: Tensor) -> None:
+    """Refuse ``pages`` [B, H, N, bytes] that cannot be read 16 bytes at a time.
+
+    Raises:
+        BackendError: in one sentence.
+    """
+    if pages.stride(-1) != 1 or pages.data_ptr() % 16 or any(stride % 16 for stride in pages.stride()[:3]):
+        refuse(name, "contiguous pages on 16-byte boundaries", f"strides {pages.stride()}")
+
+
 def tile_rows(used: int, gluon: bool) -> int:
     """Query rows of a program: the smallest tile that holds them; more rows take more programs."""
     tiles = (4, 8) if gluon else (8, 16)

@@ -20,6 +20,7 @@ from kvtool.kernels import decode
 from kvtool.kernels.fragments import OFFSET, TABLE_WORDS
 from kvtool.kernels.launch import (
     Launch,
+    check_pages,
     check_queries,
     default_launch,
     full,
@@ -274,8 +275,7 @@ def check(queries: Tensor, kv: Packed, codec: Codec, page_table: Tensor | None) 
             continue  # never read
         if pages.dtype != torch.uint8 or pages.shape[-1] != size:
             refuse(name, f"uint8, {size} bytes a page", f"{pages.dtype}, {pages.shape[-1]}")
-        if pages.stride(-1) != 1 or pages.data_ptr() % 16 or any(stride % 16 for stride in pages.stride()[:3]):
-            refuse(name, "contiguous pages on 16-byte boundaries", f"strides {pages.stride()}")
+        check_pages(name, pages)
     for name, scales, widths in (
         ("key_scales", kv.key_scales, codec.key_widths),
         ("value_scales", kv.value_scales, codec.value_widths),

@@ -12,6 +12,7 @@ from kvtool.attention import Attended
 from kvtool.kernels import decode_rina
 from kvtool.kernels.launch import (
     Launch,
+    check_pages,
     check_queries,
     default_launch,
     full,
@@ -216,9 +217,7 @@ def check(queries: Tensor, kv: RINAKV) -> None:
     """
     check_queries(queries, kv.key_pages.shape[1])
     for name in ("key_pages", "value_pages", "key_norms", "key_halves", "value_halves"):
-        pages = getattr(kv, name)
-        if pages.stride(-1) != 1 or pages.data_ptr() % 16 or any(stride % 16 for stride in pages.stride()[:3]):
-            refuse(name, "contiguous pages on 16-byte boundaries", f"strides {pages.stride()}")
+        check_pages(name, getattr(kv, name))
     if kv.key_norms.stride() != kv.value_norms.stride() or kv.key_norms.stride(-1) != 1:
         found = f"{kv.key_norms.stride()} and {kv.value_norms.stride()}"
         refuse("norms", "contiguous rows, those of values lying as those of keys do", found)

@@ -10,14 +10,14 @@ The model has the named shape and random weights: bytes and launches do not depe
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from kvtool.backends import choose_backend
 from kvtool.bench.intervals import Interval, empty, graphed, median, peak, reset_peak, synchronize
@@ -28,6 +28,7 @@ from kvtool.bench.whole_model import data_free, fill, random_cache, random_ids, 
 from kvtool.calibration import Calibration
 from kvtool.captured import CapturedDecoder
 from kvtool.methods.base import Method, nbytes
+from kvtool.models.attention import attention_replaced
 from kvtool.models.geometry import cache_shape
 from kvtool.packing import PAGE
 from kvtool.runtime import serve
@@ -167,7 +168,7 @@ def _full(model: PreTrainedModel, made: Calibration, request: Decode, batch: int
         logits: Tensor = model(input_ids=ids, position_ids=positions, attention_mask=nothing, use_cache=False).logits
         return logits
 
-    with _attention_is(model, attend), torch.no_grad(), ExitStack() as stack:
+    with attention_replaced(model, "kvtool-full", attend, masks=False), torch.no_grad(), ExitStack() as stack:
         reset_peak(device)
         if device.type == "cuda":
             step = stack.enter_context(graphed(step))
@@ -243,15 +244,3 @@ def _prefill(model: PreTrainedModel, made: Calibration, request: Decode) -> dict
             found |= {f"served_{name}": value for name, value in peak(device).items()}
             found["cache_bytes"] = cache.nbytes().compressed + cache.nbytes().exact
     return found | {"compression_share": found["served_ms"] / found["ms"] - 1}
-
-
-@contextmanager
-def _attention_is(model: PreTrainedModel, function: Any) -> Iterator[None]:
-    AttentionInterface.register("kvtool-full", function)
-    before = model.config._attn_implementation
-    try:
-        model.set_attn_implementation("kvtool-full")
-        yield
-    finally:
-        model.set_attn_implementation(before)
-        AttentionInterface.register("kvtool-full", None)  # it holds the cache

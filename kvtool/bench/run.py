@@ -15,6 +15,7 @@ from kvtool.bench.machine import CARDS, machine
 from kvtool.bench.subject import Subject
 from kvtool.bench.timing import Timing, bandwidth, copies_needed, time_step
 from kvtool.errors import BackendError
+from kvtool.methods.base import mapped
 
 BASELINES = ("flash", "cudnn", "efficient", "math")
 WRONG = 3e-3  # relative L2 error of the output beyond which nothing is timed
@@ -165,7 +166,7 @@ def _time_compressed(
     first = subject.cache(tokens, batch, device)
     part = _part(subject, backend, first, batch, device)
     copies = copies_needed(part.get("bytes", size), device)
-    caches = [first, *(type(first)(*(_clone(field) for field in first)) for _ in range(copies - 1))]
+    caches = [first, *(mapped(first, torch.clone) for _ in range(copies - 1))]
     positions = torch.arange(tokens, device=device)
     queries = subject.queries(batch, device)
     for cache in caches:
@@ -193,10 +194,6 @@ def _part(subject: Subject, backend: Backend, kv: Any, batch: int, device: torch
         "kept": float(kept.float().mean()),
         "rescored": float(rescored.float().mean()),
     }
-
-
-def _clone(field: Any) -> Any:
-    return field.clone() if isinstance(field, Tensor) else field
 
 
 def _baselines(wanted: Sequence[str], device: torch.device) -> Sequence[str]:

@@ -10,7 +10,7 @@ from kvtool.bench.subject import Subject
 from kvtool.cache import CompressedCache
 from kvtool.calibration import Calibration
 from kvtool.errors import InputError
-from kvtool.methods.base import Method
+from kvtool.methods.base import Method, mapped
 from kvtool.policy import CachePolicy
 from kvtool.shapes import CacheShape, LayerShape
 
@@ -125,14 +125,10 @@ def fill(cache: CompressedCache, model: PreTrainedModel, context: int, batch: in
                     queries=queries,
                     carry=carry,
                 )
-            kv, layer.carry = type(first[0])(*(_clone(x) for x in first[0])), first[1]
+            kv, layer.carry = mapped(first[0], torch.clone), first[1]
         else:
             kv = subject.cache(tokens, batch, device, seed=i)
         layer.parts.append(kv, policy.sinks, tokens)
-
-
-def _clone(field: Any) -> Any:
-    return field.clone() if isinstance(field, Tensor) else field
 
 
 def random_cache(layer: LayerShape, batch: int, tokens: int, model: PreTrainedModel) -> tuple[Tensor, Tensor]:
