@@ -21,111 +21,112 @@ def allocate(cost: Tensor, distortion: Tensor, budget: float) -> Tensor:
         ValueError: even option 0 of every item costs more than the budget.
     """
     hull = lower_hull(cost, distortion)
-    at = hull.options[:, 0].clone()
-    left = float(budget) - float(cost.gather(1, at[:, None]).sum(dtype=torch.float64))
+    left = float(budget) - float(hull.base.sum(dtype=torch.float64))
     if left < 0:
         raise ValueError(f"the cheapest options cost {float(budget) - left:.0f}, the budget is {budget:.0f}")
-    taken = _steps_within(hull, left)
-    steps = torch.arange(hull.cost.shape[1], device=taken.device)
-    left -= float(torch.where(steps < taken[:, None], hull.cost, 0).sum(dtype=torch.float64))
-    taken = _fill(hull, taken, left)
-    return hull.options.gather(1, taken[:, None]).squeeze(1)
+    within = hull.slope > _common_slope(hull, left)
+    left -= float((hull.cost * within).sum(dtype=torch.float64))
+    taken = _fill(hull, within.sum(0), left)
+    return hull.options.gather(0, taken[None]).squeeze(0)
 
 
 class Hull:
-    """Lower convex hulls of N items as steps: options [N, S+1], and cost, slope [N, S] of each step, slopes falling.
+    """Lower convex hulls of N items with L options, as the segments between options next to each other in cost.
 
-    An item with fewer steps is padded with steps of slope 0, which are never taken.
+    Options come first, items last: million-long rows compare far sooner than a million short ones.
+    Segments of equal slope that follow each other are one step of the hull: the options between them lie above it.
+    ``options`` int64 [L, N] in order of cost; ``base`` [N], the cost of the cheapest; ``cost`` and ``slope`` [L-1, N]
+    of the segments, slopes falling: inf where a better option costs the same, 0 where nothing is gained any more.
     """
 
-    def __init__(self, options: Tensor, cost: Tensor, slope: Tensor) -> None:
-        self.options, self.cost, self.slope = options, cost, slope
+    def __init__(self, options: Tensor, base: Tensor, cost: Tensor, slope: Tensor) -> None:
+        self.options, self.base, self.cost, self.slope = options, base, cost, slope
+
+    def vertices(self, item: int) -> list[int]:
+        """The options of ``item`` that lie on its hull, the cheapest first."""
+        options, slope = self.options[:, item].tolist(), [torch.inf, *self.slope[:, item].tolist(), 0.0]
+        return [options[i] for i in range(len(options)) if slope[i] > max(slope[i + 1], 0.0)]
 
 
 def lower_hull(cost: Tensor, distortion: Tensor) -> Hull:
-    """The lower convex hull of each item's (cost, distortion) points, from its cheapest (then best) option on."""
-    cost, distortion = cost.float(), distortion.float()
-    N, L = cost.shape
-    # the cheapest option; among equals the least distorted
-    cheapest = cost == cost.amin(1, keepdim=True)
-    at = distortion.masked_fill(~cheapest, torch.inf).argmin(1, keepdim=True)
-    options: list[Tensor] = [at]
-    costs: list[Tensor] = []
-    slopes: list[Tensor] = []
-    for _ in range(L - 1):
-        rise = cost - cost.gather(1, at)
-        drop = distortion.gather(1, at) - distortion
-        gain = torch.where(rise > 0, drop / rise, -1.0)
-        slope, best = gain.max(1, keepdim=True)
-        moves = slope > 0
-        best = torch.where(moves, best, at)
-        if not moves.any():
-            break
-        costs.append(torch.where(moves, rise.gather(1, best), 0.0))
-        slopes.append(torch.where(moves, slope, 0.0).minimum(slopes[-1] if slopes else slope))
-        options.append(best)
-        at = best
-    if not costs:
-        return Hull(torch.cat(options, 1), cost.new_zeros(N, 0), cost.new_zeros(N, 0))
-    return Hull(torch.cat(options, 1), torch.cat(costs, 1), torch.cat(slopes, 1))
+    """The lower convex hull of each item's (cost, distortion) points [N, L], from its cheapest option on."""
+    cost, distortion = cost.float().T.contiguous(), distortion.float().T.contiguous()
+    L = len(cost)
+    options = torch.arange(L, device=cost.device)[:, None].expand(cost.shape)
+    if (cost.diff(dim=0) < 0).any():
+        cost, options = cost.sort(dim=0, stable=True)
+        distortion = distortion.gather(0, options)
+    # between options k and k+1 the hull falls by min over i <= k of max over j > k of the slope from i to j
+    slope = torch.full_like(cost[1:], torch.inf)
+    for i in range(L - 1):
+        steepest = torch.zeros_like(cost[0])
+        for j in range(L - 1, i, -1):
+            fall = (distortion[i] - distortion[j]) / (cost[j] - cost[i])
+            # 0 / 0 is an option twice: no step; a maximum with NaN would be NaN
+            steepest = steepest.fmax(fall)
+            slope[j - 1] = slope[j - 1].minimum(steepest)
+    return Hull(options, cost[0], cost.diff(dim=0), slope)
 
 
-def _steps_within(hull: Hull, budget: float) -> Tensor:
-    """The number of steps of each item above the lowest common slope whose steps all fit."""
-    slope, cost = hull.slope.flatten(), hull.cost.flatten()
-    real = slope > 0
-    slope, cost, left, lowest = slope[real], cost[real], budget, torch.inf
-    # each round settles which side of a middle slope the answer lies on and forgets the other side's steps
-    ahead = True
+def _common_slope(hull: Hull, budget: float) -> Tensor | float:
+    """The lowest slope such that all segments of greater slope fit the budget together."""
+    slope, cost, left = hull.slope.flatten(), hull.cost.flatten(), budget
+    lowest: Tensor | float = torch.finfo(slope.dtype).max  # what costs nothing is always taken
     while len(slope):
-        middle = _guess(slope, cost, left, ahead)
-        ahead = not ahead
-        above = slope > middle
-        if not above.any():  # one slope is left: all of it or nothing
-            lowest = 0.0 if float(cost.sum(dtype=torch.float64)) <= left else lowest
-            break
-        steep = cost[above]
-        spent = float(steep.sum(dtype=torch.float64))
-        if spent <= left:
-            left, lowest = left - spent, float(middle)
-            below = ~above
-            slope, cost = slope[below], cost[below]
+        least, most = slope.aminmax()
+        if least == most:  # all of them or none
+            fits = float(cost.sum(dtype=torch.float64)) <= left
+            return torch.nextafter(least, torch.zeros_like(least)) if fits and least > 0 else lowest
+        low, high = _bracket(slope, cost, left)
+        low = least if low == most else low
+        above, below = slope > high, slope <= low
+        spent = float((cost * above).sum(dtype=torch.float64))
+        if spent > left:
+            kept = above
         else:
-            slope, cost = slope[above], steep
-    return (hull.slope > lowest).sum(1)
+            rest = float((cost * ~below).sum(dtype=torch.float64))
+            fits = rest <= left
+            lowest, left = (low, left - rest) if fits else (high, left - spent)
+            kept = below if fits else ~(above | below)
+        slope, cost = slope[kept], cost[kept]
+    return lowest
 
 
-def _guess(slope: Tensor, cost: Tensor, budget: float, ahead: bool) -> Tensor:
-    """A slope a little beyond where the budget ends, by a sample: two such guesses leave a few of a hundred steps."""
+def _bracket(slope: Tensor, cost: Tensor, budget: float) -> tuple[Tensor, Tensor]:
+    """A slope a little below and one a little above where the budget ends, by a sample."""
     every = 1 + len(slope) // _SAMPLE
     some, order = slope[::every].sort(descending=True)
     spent = cost[::every][order].cumsum(0, dtype=torch.float64) * every
-    at = int((spent <= budget).sum()) + (len(some) // 32 if ahead else -len(some) // 32)
-    middle = some[max(0, min(at, len(some) - 1))]
-    # the steepest slope would leave nothing above it
-    return torch.where(middle == slope.max(), slope.min(), middle)
+    last, margin = len(some) - 1, len(some) // 32
+    at = min(int((spent <= budget).sum()), last)
+    return some[min(at + margin, last)], some[max(0, at - margin)]
 
 
 def _fill(hull: Hull, taken: Tensor, left: float) -> Tensor:
-    """Spend what is left on the next steps in order of slope, each as long as it fits."""
-    S = hull.cost.shape[1]
-    taken = taken.clone()
-    while S:
-        following = taken.clamp(max=S - 1)[:, None]
-        slope = hull.slope.gather(1, following).squeeze(1).masked_fill(taken >= S, 0.0)
-        cost = hull.cost.gather(1, following).squeeze(1)
-        able = (slope > 0) & (cost <= left)
-        if not able.any():
-            break
-        items = able.nonzero().squeeze(1)
-        items = items[slope[items].argsort(descending=True)]
-        fits = cost[items].cumsum(0, dtype=torch.float64) <= left
-        if not fits[0]:
-            break
+    """Spend what is left on the next steps in order of slope, each as long as it fits; ``taken`` segments [N]."""
+    S, most = len(hull.cost), _SAMPLE
+    if not S:
+        return taken
+    # a step is all segments of its slope: their count and cost, from each segment on
+    joined = (hull.slope[1:] == hull.slope[:-1]) & (hull.slope[1:] > 0)
+    cost, count = hull.cost.clone(), torch.ones_like(hull.options[1:])
+    for k in range(S - 2, -1, -1):
+        cost[k] += cost[k + 1] * joined[k]
+        count[k] += count[k + 1] * joined[k]
+    while True:
+        following = taken.clamp(max=S - 1)[None]
+        slope, price = hull.slope.gather(0, following)[0], cost.gather(0, following)[0]
+        # float64, as the sum below: rounded to float32 a step a little too dear would seem to fit for ever
+        able = ((slope > 0) & (taken < S) & (price.double() <= left)).nonzero().squeeze(1)
+        if not len(able):
+            return taken
+        # the steepest of them, more of them each time: sorting all for the few that fit would take longest
+        items = able[slope[able].topk(min(most, len(able))).indices]
+        most *= 4
+        fits = price[items].cumsum(0, dtype=torch.float64) <= left
         chosen = items[: int(fits.cumprod(0).sum())]
-        taken[chosen] += 1
-        left -= float(cost[chosen].sum(dtype=torch.float64))
-    return taken
+        taken[chosen] += count.gather(0, following)[0, chosen]
+        left -= float(price[chosen].sum(dtype=torch.float64))
 
 
 def exact(cost: Tensor, distortion: Tensor, budget: int) -> Tensor:

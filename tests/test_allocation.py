@@ -1,6 +1,7 @@
 """Promises of the bit allocator: optimal where Lagrangian relaxation is, never over budget, and fast."""
 
 import time
+from itertools import pairwise
 
 import hypothesis.strategies as st
 import pytest
@@ -21,6 +22,11 @@ def instances(draw):
     return cost, distortion
 
 
+def vertices(cost, distortion):
+    hull = lower_hull(cost, distortion)
+    return [(distortion[n], hull.vertices(n)) for n in range(len(cost))]
+
+
 def spend(table, options):
     return float(table.gather(1, options[:, None]).sum())
 
@@ -33,7 +39,7 @@ def test_equals_dynamic_programming_at_every_hull_vertex(instance, where):
     hull = lower_hull(cost, distortion)
     slopes = hull.slope[hull.slope > 0].unique()
     slope = float(slopes[int(where * (len(slopes) - 1))]) if len(slopes) else 0.0
-    base = spend(cost, hull.options[:, :1].squeeze(1))
+    base = float(hull.base.sum())
     # strictly above: items with equal slopes move together, so the vertex is that of the Lagrangian
     budget = int(base + float(hull.cost[hull.slope > slope].sum()))
     found = allocate(cost, distortion, budget)
@@ -52,9 +58,8 @@ def test_never_over_budget_and_within_one_step_of_the_optimum(instance, budget):
         return
     found = allocate(cost, distortion, budget)
     assert spend(cost, found) <= budget
-    hull = lower_hull(cost, distortion)
     best = spend(distortion, exact(cost, distortion, budget))
-    largest = float((hull.cost * hull.slope).max()) if hull.cost.numel() else 0.0
+    largest = max((float(d[a] - d[b]) for d, v in vertices(cost, distortion) for a, b in pairwise(v)), default=0.0)
     # weak duality: stopping before one step that no longer fits loses at most that step
     assert best <= spend(distortion, found) <= best + largest + 1e-3
 
@@ -76,8 +81,8 @@ def test_thresholds_are_those_of_the_published_value_table():
     eps = torch.tensor([[1, 0.31287, 0.013986, 4.855e-5, 0]])
     hull = lower_hull(torch.tensor([[0.0, 2, 4, 8, 16]]), eps)
     expected = torch.tensor([[0.343565, 0.149442, 0.0034844, 6.0688e-6]])
-    assert torch.allclose(hull.slope, expected, rtol=1e-4)  # the table has five digits
-    assert hull.options.tolist() == [[0, 1, 2, 3, 4]]
+    assert torch.allclose(hull.slope.T, expected, rtol=1e-4)  # the table has five digits
+    assert hull.vertices(0) == [0, 1, 2, 3, 4]
 
 
 def test_options_above_the_hull_are_never_taken():
@@ -126,3 +131,16 @@ def test_a_million_items_in_under_a_second(one_thread):
             break
     assert spend(cost, levels) == 2_000_000
     assert min(seconds) < 1
+
+
+def test_a_budget_that_rounds_up_to_the_next_step_ends(one_thread):
+    """float64 budgets lie between float32 costs: a step dearer by less than that rounding is left out."""
+    cost = torch.tensor([[0.0, 16777216.0]])
+    assert allocate(cost, torch.tensor([[1.0, 0.0]]), 16777215.9999).tolist() == [0]
+    assert allocate(cost, torch.tensor([[1.0, 0.0]]), 16777216.0).tolist() == [1]
+
+
+def test_a_better_option_of_the_same_cost_is_taken_without_a_budget():
+    cost, distortion = torch.tensor([[1.0, 0, 0, 0]]), torch.tensor([[1.0, 5, 3, 4]])
+    assert allocate(cost, distortion, 0).tolist() == [2]
+    assert allocate(cost, distortion, 1).tolist() == [0]

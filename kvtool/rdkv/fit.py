@@ -212,8 +212,7 @@ def _hull_points(curves: Curves, h: int, head_dim: int) -> list[Point]:
     table = torch.tensor([point for point, _ in points], dtype=torch.uint8)[None]
     cost = level_bytes(table, head_dim).float()
     hull = lower_hull(cost, torch.tensor([[value for _, value in points]]))
-    kept = hull.options[0].unique_consecutive().tolist()
-    return [points[i] for i in kept]
+    return [points[i] for i in hull.vertices(0)]
 
 
 def _key_path(grouped: Tensor) -> list[tuple[tuple[int, ...], float]]:
