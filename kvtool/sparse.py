@@ -12,6 +12,7 @@ the expectation being an upper one (``likely_logits``), so that the *true* mass 
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -46,21 +47,36 @@ def top_p(logits: Tensor, p: float, total: Tensor | None = None) -> Tensor:
 
 def _heaviest(logits: Tensor, need: Tensor) -> Tensor:
     """The smallest set whose sum of exp(logits - peak) reaches ``need`` [...]; everything visible if none does."""
+    return _down_to(logits, need, lambda weights, inside, need: (weights * inside).sum(-1, keepdim=True) >= need)
+
+
+def _all_but(logits: Tensor, allowed: Tensor) -> Tensor:
+    """The smallest set that leaves out tokens of no more than ``allowed`` [...], a sum of exp(logits - peak).
+
+    What is left out is summed by itself: beside the peak it may be less than a float32 resolves.
+    """
+    return _down_to(
+        logits, allowed, lambda weights, inside, allowed: (weights * ~inside).sum(-1, keepdim=True) <= allowed
+    )
+
+
+def _down_to(logits: Tensor, amount: Tensor, enough: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    """The smallest set of heaviest tokens that is ``enough`` by weights, who is inside, and ``amount``."""
     depth = logits - _peak(logits)[..., None]
-    rows, wanted = depth.reshape(-1, depth.shape[-1]), need.expand(logits.shape[:-1]).reshape(-1, 1)
+    rows, wanted = depth.reshape(-1, depth.shape[-1]), amount.expand(logits.shape[:-1]).reshape(-1, 1)
     step = max(1, _CACHED // max(1, rows.shape[1])) if rows.device.type == "cpu" else max(1, len(rows))
-    low = torch.cat([_threshold(rows[i : i + step], wanted[i : i + step]) for i in range(0, len(rows), step)])
+    low = torch.cat([_threshold(rows[i : i + step], wanted[i : i + step], enough) for i in range(0, len(rows), step)])
     return (logits > -torch.inf) & (depth >= low.reshape(*logits.shape[:-1], 1))
 
 
-def _threshold(depth: Tensor, need: Tensor) -> Tensor:
-    """The largest threshold [n, 1] whose set of ``depth`` [n, T] is heavy enough, by halving."""
+def _threshold(depth: Tensor, amount: Tensor, enough: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    """The largest threshold [n, 1] whose set of ``depth`` [n, T] is enough, by halving."""
     weights = depth.exp()
-    low, high = torch.full_like(need, -_DEPTH), torch.full_like(need, 1e-3)
+    low, high = torch.full_like(amount, -_DEPTH), torch.full_like(amount, 1e-3)
     for _ in range(_ROUNDS):
         middle = (low + high) / 2
-        enough = (weights * (depth >= middle)).sum(-1, keepdim=True) >= need
-        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+        met = enough(weights, depth >= middle, amount)
+        low, high = torch.where(met, middle, low), torch.where(met, high, middle)
     return low
 
 
@@ -81,7 +97,7 @@ def select(estimate: Tensor, noise: Tensor | float, exact: Tensor, p: float, sha
         # the estimate's noise made candidates look heavier than they are: admit more until the rest is light enough
         found = torch.where(candidates, exact, -torch.inf).logsumexp(-1)
         allowed = (found - _peak(likely)).exp() * (1 - share) / share
-        candidates = candidates | _heaviest(likely, (likely - _peak(likely)[..., None]).exp().sum(-1) - allowed)
+        candidates = candidates | _all_but(likely, allowed)
     # the rest is counted twice over: it is small, and what is known of it is a guess
     total = torch.where(candidates, exact, likely + _CAUTION).logsumexp(-1)
     return Selection(top_p(torch.where(candidates, exact, -torch.inf), p, total), candidates)

@@ -218,7 +218,8 @@ def _measure(scene: _Scene, mask: _Mask, p: float) -> _Layer:
     found = attention.merge(scene.outside, part).out
     return _Layer(
         share,
-        share < p,
+        # a share is a quotient of float32 sums
+        share < p - 1e-5,
         mask.kept.sum(-1).float(),
         mask.bytes,
         attention.relative_error(found, scene.whole, dim=-1),
