@@ -1,6 +1,8 @@
 """The benchmark: what it says it measured it measured, wrong code is not timed, and a CPU is told what was not run."""
 
 import json
+import random
+import string
 
 import pytest
 import torch
@@ -8,13 +10,15 @@ from typer.testing import CliRunner
 
 from kvtool.attention import Attended
 from kvtool.backends import Backend
-from kvtool.bench import Request, bench, default_subject
-from kvtool.bench.run import check_numerics
+from kvtool.bench import Request, bench, default_subject, subject_of
+from kvtool.bench.numerics import check_numerics
+from kvtool.bench.run import crossover
 from kvtool.bench.subject import MODEL_SHAPES, Subject
 from kvtool.bench.timing import time_step
+from kvtool.calibration import Calibration
 from kvtool.cli import app
 from kvtool.errors import BackendError, InputError
-from kvtool.methods import make_method
+from kvtool.methods import METHODS, make_method
 from kvtool.methods.base import LayerCalibration, nbytes
 
 CPU = torch.device("cpu")
@@ -102,3 +106,68 @@ def test_command_line_gates_and_refuses():
         assert isinstance(refused.exception, InputError) or refused.exit_code == 2
     with pytest.raises(InputError, match="llama-3.1-8b"):
         default_subject("llama-9", 4)
+
+
+@pytest.fixture(scope="module")
+def capture(make_tiny, tmp_path_factory):
+    """One sample that every method can be fitted to."""
+    from kvtool.capture import record
+
+    out = tmp_path_factory.mktemp("captures") / "bench"
+    text = "".join(random.Random(0).choices(string.ascii_letters, k=400))
+    return record(make_tiny(head_dim=64), out, text=text, context=320, samples=1, queries="all")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_benched_without_a_gpu_from_its_artifact(name, capture, tmp_path):
+    method = make_method(name)
+    file = Calibration(method, capture.shape, method.fit(capture)).save(tmp_path / "a.safetensors")
+    asked = ["bench", "--calibration", str(file), "--context", "100,128k", "--json", "--fail-if-slower-than", "1e-9"]
+    done = CliRunner().invoke(app, asked)
+    assert done.exit_code == 0, done.output
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    machine, *steps = (r for r in records if r["record"] in ("machine", "step"))
+    assert machine["backend"] == "reference"
+    assert [step["context"] for step in steps] == [100, 256]  # 128 KiB of the full cache
+    for step in steps:
+        assert step["ms"] > 0
+        assert step["bytes"] > 0
+        # exact keeps 16 bits a value, top-p the same and a sketch beside it
+        assert step["bytes"] <= 1.2 * step["tokens"] * machine["full_bytes_per_token"]
+        assert step["relative_error"] < 1e-4
+    assert [r["context"] for r in records if r["record"] == "predicted"] == [100, 131072]
+    assert "not run: the kernels, which need a GPU, 128k x 1 (timed at 256)" in done.stderr
+
+
+def test_an_estimator_is_judged_by_its_reference(capture):
+    method = make_method("h1b")
+    subject = subject_of(Calibration(method, capture.shape, method.fit(capture)), "a test")
+
+    class Wrong:
+        def attend(self, method, queries, kv, layer, *, gluon=False, **arguments):
+            exact = method.attend(queries, kv, layer, **arguments)
+            return Attended(1.01 * exact.out, exact.lse)
+
+    with pytest.raises(BackendError, match="the method's reference"):
+        check_numerics(subject, Backend("triton", Wrong()), CPU)
+
+
+def test_the_crossover_is_where_winning_begins_to_last():
+    assert crossover({1024: 0.5, 2048: 1.1, 2069: 0.9, 4096: 1.0, 4137: 1.2}) == 4096
+    assert crossover({1024: 2.0, 2048: 1.5}) == 1024
+    assert crossover({1024: 2.0, 2048: 0.9}) is None
+    assert crossover({1024: 2.0, 2048: None}) is None  # nothing to compare with
+
+
+def test_a_ladder_has_powers_of_two_and_odd_lengths_and_one_crossover_a_batch():
+    asked = ["bench", "--model-shape", "smollm2-135m", "--bits", "2", "--ladder", "64..128", "--batch", "1,2"]
+    done = CliRunner().invoke(app, [*asked, "--json"])
+    assert done.exit_code == 0, done.output
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    lengths = [(r["context"], r["batch"]) for r in records if r["record"] == "step"]
+    # a batch of two reaches the limit above at 85 tokens
+    assert lengths == [(64, 1), (65, 1), (128, 1), (130, 1), (64, 2), (65, 2), (85, 2)]
+    assert [r["batch"] for r in records if r["record"] == "crossover"] == [1, 2]
+    shown = CliRunner().invoke(app, asked)
+    assert "batch 1: compression wins" in shown.stdout
+    assert "batch 2: compression wins" in shown.stdout

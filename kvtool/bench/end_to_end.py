@@ -22,7 +22,7 @@ from transformers import DynamicCache, PreTrainedModel
 from kvtool.backends import choose_backend
 from kvtool.bench.intervals import Interval, empty, graphed, median, peak, reset_peak, synchronize
 from kvtool.bench.machine import machine
-from kvtool.bench.run import check_numerics
+from kvtool.bench.numerics import check_numerics
 from kvtool.bench.subject import Subject
 from kvtool.bench.whole_model import data_free, fill, random_cache, random_ids, random_model, repeated
 from kvtool.calibration import Calibration

@@ -1,6 +1,6 @@
 """The benchmark itself: check the numerics, then time compressed and full attention side by side at every length."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,17 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvtool import packing, sparse
-from kvtool.attention import relative_error
+from kvtool import packing
 from kvtool.backends import Backend, choose_backend
 from kvtool.bench.machine import CARDS, machine
+from kvtool.bench.numerics import attend, check_numerics, judge, reads
 from kvtool.bench.subject import Subject
 from kvtool.bench.timing import Timing, bandwidth, copies_needed, time_step
-from kvtool.errors import BackendError
 from kvtool.methods.base import mapped
 
 BASELINES = ("flash", "cudnn", "efficient", "math")
-WRONG = 3e-3  # relative L2 error of the output beyond which nothing is timed
 CPU_BYTES = 16 << 20  # of the full cache, what a CPU is asked to read in one step
 
 
@@ -33,7 +31,7 @@ class Request:
 
 
 def bench(subject: Subject, request: Request, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Records in order: ``machine``, one ``step`` per context and batch, ``crossover``; on a CPU also ``predicted``.
+    """Records in order: ``machine``, a ``step`` per context and batch, a ``crossover`` per batch, on a CPU ``predicted``.
 
     Raises:
         BackendError: the back end cannot run, or its output is wrong.
@@ -52,80 +50,35 @@ def bench(subject: Subject, request: Request, device: torch.device) -> Iterator[
         "full_bytes_per_token": subject.full_bytes_per_token,
     }
     error = check_numerics(subject, backend, device)
-    wins: list[int] = []
-    steps = 0
+    speedups: dict[int, dict[int, float | None]] = {batch: {} for batch in request.batches}
     for batch in request.batches:
-        for context in _held(subject, request.contexts, batch, device):
+        for context in held(subject, request.contexts, batch, device):
             record = _step(subject, backend, context, batch, request.baselines, device, measured["read"])
-            yield record | {"relative_error": error}
+            yield record | {"relative_error": error, "judged_by": judge(subject.method)}
             if "ms" in record:
-                steps += 1
-                if record["speedup"] is not None and record["speedup"] >= 1 and batch == request.batches[0]:
-                    wins.append(context)
-    yield {"record": "crossover", "batch": request.batches[0], "context": min(wins, default=None), "measured": steps}
+                speedups[batch][context] = record["speedup"]
+    for batch, found in speedups.items():
+        yield {"record": "crossover", "batch": batch, "context": crossover(found), "measured": len(found)}
     if device.type == "cpu":
         yield from _predictions(subject, request)
 
 
-def _held(subject: Subject, contexts: Sequence[int], batch: int, device: torch.device) -> list[int]:
+def crossover(speedups: Mapping[int, float | None]) -> int | None:
+    """The shortest length from which on every length measured wins; None if the longest does not."""
+    found = None
+    for context, speedup in sorted(speedups.items(), reverse=True):
+        if speedup is None or speedup < 1:
+            break
+        found = context
+    return found
+
+
+def held(subject: Subject, contexts: Sequence[int], batch: int, device: torch.device) -> list[int]:
     """The lengths that are run: all on a GPU, on a CPU those that it can hold and read in reasonable time."""
     if device.type != "cpu":
         return list(contexts)
     longest = max(packing.PAGE, CPU_BYTES // (subject.full_bytes_per_token * batch))
     return sorted({min(context, longest) for context in contexts})
-
-
-def check_numerics(subject: Subject, backend: Backend, device: torch.device) -> float:
-    """Relative L2 error of the back end against float64 attention over the same compressed cache.
-
-    Raises:
-        BackendError: more than 3e-3: a fast wrong answer is not timed.
-    """
-    errors = []
-    for tokens in (64, 1088):  # one page, and 17 of them: no power of two
-        kv = subject.cache(tokens, 2, device)
-        positions = torch.arange(tokens, device=device)
-        queries = subject.queries(2, device).float()
-        found = _attend(subject, backend, queries, kv, positions)
-        keys, values, bias = subject.method.decompress(kv, subject.layer, positions=positions)
-        group = subject.shape.group
-        scores = queries.double() @ keys.double().repeat_interleave(group, 1).mT * subject.shape.scale
-        if subject.shape.softcap is not None:
-            scores = subject.shape.softcap * torch.tanh(scores / subject.shape.softcap)
-        if bias is not None:
-            scores = scores + bias.double().repeat_interleave(group, 1)[:, :, None]
-        selected = _reads(subject, backend, queries, kv, positions)
-        if selected is not None:
-            scores = scores.masked_fill(~selected.kept.flatten(1, 2), -torch.inf)
-        # a head that keeps nothing attends to nothing
-        exact = scores.softmax(-1).nan_to_num() @ values.double().repeat_interleave(group, 1)
-        errors.append(float(relative_error(found, exact)) if exact.any() else float(found.abs().max()))
-    worst = max(errors, key=lambda error: (error != error, error))  # what is not a number is worst
-    if not worst <= WRONG:
-        raise BackendError(
-            f"backend {backend.name}: expected a relative error of at most {WRONG:g} against float64, "
-            f"found {worst:.2g}; nothing was timed: please report this"
-        )
-    return worst
-
-
-def _attend(subject: Subject, backend: Backend, queries: Tensor, kv: Any, positions: Tensor) -> Tensor:
-    shape = subject.shape
-    return backend.attend(
-        subject.method, queries, kv, subject.layer, positions=positions, scale=shape.scale, softcap=shape.softcap
-    ).out
-
-
-def _reads(subject: Subject, backend: Backend, queries: Tensor, kv: Any, positions: Tensor) -> sparse.Selection | None:
-    """What a method that reads a part of the cache reads of it, [B, H, G, S, T]; None for all others."""
-    found: Callable[..., sparse.Selection | None] | None
-    found = getattr(backend.kernel or type(subject.method), "reads", None)
-    if found is None:
-        return None
-    shape = subject.shape
-    return found(
-        subject.method, queries, kv, subject.layer, positions=positions, scale=shape.scale, softcap=shape.softcap
-    )
 
 
 def _step(
@@ -171,8 +124,8 @@ def _time_compressed(
     queries = subject.queries(batch, device)
     for cache in caches:
         # a kernel may look at a part once before its step can be captured
-        _attend(subject, backend, queries, cache, positions)
-    return time_step(lambda i: _attend(subject, backend, queries, caches[i], positions), copies, device), part
+        attend(subject, backend, queries, cache, positions)
+    return time_step(lambda i: attend(subject, backend, queries, caches[i], positions), copies, device), part
 
 
 def _part(subject: Subject, backend: Backend, kv: Any, batch: int, device: torch.device) -> dict[str, Any]:
@@ -183,7 +136,7 @@ def _part(subject: Subject, backend: Backend, kv: Any, batch: int, device: torch
     if not subject.reads_a_part:
         return {}
     positions = torch.arange(kv.keys.shape[2], device=device)
-    selected = _reads(subject, backend, subject.queries(batch, device), kv, positions)
+    selected = reads(subject, backend, subject.queries(batch, device), kv, positions)
     if selected is None:
         return {}
     kept, rescored = (mask.flatten(2, 3).any(2) for mask in selected)

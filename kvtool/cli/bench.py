@@ -63,12 +63,25 @@ def bench(
             talk.print(f"  {format_tokens(record['context'])} x {record['batch']}: {record['ms']:.3g} ms")
     emit(records, lambda: Group(*_tables(records)), as_json=as_json)
     if chosen.type == "cpu":
-        asked = ", ".join(format_tokens(length) for length in contexts)
-        talk.print(
-            f"not run: the kernels, and {asked} tokens where a CPU cannot hold them; what was timed is the torch "
-            "reference on this CPU, and the floors of named cards are bytes over bandwidth, not measurements"
-        )
+        talk.print(_not_run(subject, request, chosen))
     _gate(records, fail_if_slower_than)
+
+
+def _not_run(subject: Any, request: Any, device: Any) -> str:
+    """One sentence: what a CPU did not do, and what its figures are."""
+    from kvtool.bench.run import held
+
+    missing = [
+        f"{format_tokens(context)} x {batch} (timed at {format_tokens(max(lengths))})"
+        for batch in request.batches
+        for lengths in [held(subject, request.contexts, batch, device)]
+        for context in request.contexts
+        if context not in lengths
+    ]
+    return (
+        "not run: " + ", ".join(["the kernels, which need a GPU", *missing]) + "; what was timed is the torch "
+        "reference on this CPU, and the floors of named cards are bytes over bandwidth, not measurements"
+    )
 
 
 def _subject(model_shape: str | None, bits: int, calibration: Path | None) -> Any:
@@ -144,12 +157,11 @@ def _tables(records: list[dict[str, Any]]) -> list[RenderableType]:
             value = f"{value / 1e9:.0f} GB/s"
         facts.add_row(name.replace("_", " "), str(value))
     tables: list[RenderableType] = [facts, _steps([record for record in records if record["record"] == "step"])]
-    crossover = next(record for record in records if record["record"] == "crossover")
-    if crossover["measured"]:
-        where = crossover["context"]
-        tables.append(
-            f"compression wins from {format_tokens(where)} tokens" if where else "compression wins at no length"
-        )
+    for record in records:
+        if record["record"] == "crossover" and record["measured"]:
+            where = record["context"]
+            found = f"from {format_tokens(where)} tokens on" if where else "not at the longest length measured"
+            tables.append(f"batch {record['batch']}: compression wins {found}")
     predicted = [record for record in records if record["record"] == "predicted"]
     if predicted:
         tables.append(_floors(predicted))
