@@ -138,6 +138,16 @@ def test_bfloat16_capture_loses_rounding_only(tiny_model, tiny_capture, tmp_path
         assert torch.equal(a.values.bfloat16(), b.values)
 
 
+def test_several_texts_are_samples_of_one_capture(tiny_model, tmp_path):
+    """Each text gives its own samples, the same as alone."""
+    other = TEXT.upper()
+    both = record(tiny_model, tmp_path / "both", text={"one": TEXT, "other": other}, context=64, samples=2)
+    assert (both.manifest.text, both.manifest.samples, len(both.manifest.starts)) == ("one,other", 4, 4)
+    alone = [record(tiny_model, tmp_path / t[:3], text=t, context=64, samples=2) for t in (TEXT, other)]
+    expected = [sample.keys for capture in alone for sample in capture.samples(0)]
+    assert all(torch.equal(sample.keys, keys) for sample, keys in zip(both.samples(0), expected, strict=True))
+
+
 def test_chunking_does_not_change_what_is_captured(tiny_model, tmp_path):
     captures = [record(tiny_model, tmp_path / f"{c}", text=TEXT, context=100, chunk=c) for c in (100, 33, 1)]
     for layer in (0, 1):

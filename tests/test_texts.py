@@ -78,6 +78,17 @@ def test_missing_text_names_the_shipped_ones():
         texts.load("nosuch")
 
 
+def test_several_texts_go_by_name(tmp_path):
+    (tmp_path / "a,b.txt").write_text("one file")
+    assert texts.load_all(str(tmp_path / "a,b.txt")) == {"a,b.txt": "one file"}
+    (tmp_path / "c.txt").write_text("c")
+    assert list(texts.load_all(f"kjv, {tmp_path / 'c.txt'}")) == ["kjv", "c.txt"]
+    with pytest.raises(InputError, match="found one of them twice"):
+        texts.load_all("kjv,kjv")
+    with pytest.raises(InputError, match="'nosuch': no such file"):
+        texts.load_all("kjv,nosuch")
+
+
 def test_data_set_without_the_extra_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match=r"pip install 'kvtool\[datasets\]'"):

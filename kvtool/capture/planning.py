@@ -4,7 +4,7 @@ import hashlib
 import importlib.metadata
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ class Plan:
 
 def plan(
     loaded: LoadedModel,
-    text: str,
+    text: str | Mapping[str, str],
     *,
     text_name: str = "text",
     context: int = 8192,
@@ -98,7 +98,7 @@ def plan(
     chunk: int = 512,
     seed: int = 42,
 ) -> Plan:
-    """What capturing ``text`` would make.
+    """What capturing ``text`` would make, or several texts by name: ``samples`` of each, one after the other.
 
     layers: ``all``, a list such as ``0,5-9``, or indices. queries: ``all``, ``none`` or how many per sample.
     dtype: on disk; ``auto`` is float16 for a float16 model and bfloat16 for any other.
@@ -112,7 +112,9 @@ def plan(
     found = geometry(loaded.model)
     notes = list(found.notes)
     recorded, why_not = _choose(loaded, found, layers)
-    ids, starts, prefix = _windows(loaded.tokenizer, text, text_name, context, samples, seed)
+    texts = {text_name: text} if isinstance(text, str) else text
+    prefix = _prefix(loaded.tokenizer)
+    stretches = [_stretches(loaded.tokenizer, of, name, context, samples, seed, prefix) for name, of in texts.items()]
     longest = getattr(text_config(loaded.model), "max_position_embeddings", None)
     if longest and context > longest:
         notes.append(
@@ -134,11 +136,11 @@ def plan(
         shape=found.shape,
         recorded=tuple(recorded),
         not_recorded=why_not,
-        text=text_name,
-        text_sha256=hashlib.sha256(text.encode()).hexdigest(),
+        text=",".join(texts),
+        text_sha256=hashlib.sha256("".join(texts.values()).encode()).hexdigest(),
         context=context,
-        samples=samples,
-        starts=starts,
+        samples=samples * len(texts),
+        starts=tuple(start for _, starts in stretches for start in starts),
         prefix=prefix,
         queries=_queries(queries),
         dtype=dtype,
@@ -149,7 +151,7 @@ def plan(
         versions={"kvtool": kvtool.__version__}
         | {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
     )
-    return Plan(manifest, ids, found, tuple(notes))
+    return Plan(manifest, torch.cat([ids for ids, _ in stretches]), found, tuple(notes))
 
 
 def check_space(plan: Plan, out: Path, written: int = 0) -> None:
@@ -185,13 +187,11 @@ def _choose(loaded: LoadedModel, found: Geometry, layers: str | Sequence[int]) -
     return recorded, reasons
 
 
-def _windows(
-    tokenizer: Any, text: str, name: str, context: int, samples: int, seed: int
-) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
-    """``samples`` stretches of the text that do not overlap, where each starts, and the special tokens before each."""
+def _stretches(
+    tokenizer: Any, text: str, name: str, context: int, samples: int, seed: int, prefix: tuple[int, ...]
+) -> tuple[Tensor, list[int]]:
+    """Tokens [samples, T] of stretches of the text that do not overlap, special tokens first, and where each starts."""
     tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
-    # what the tokenizer itself puts before a text, such as <bos>: without it some models are lost
-    prefix = [tokenizer.bos_token_id] if _adds_bos(tokenizer) else []
     length = context - len(prefix)
     if length < 1 or len(tokens) < length * samples:
         raise InputError(
@@ -202,7 +202,12 @@ def _windows(
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(places, generator=generator)[:samples].sort().values * length
     ids = torch.stack([torch.cat([torch.tensor(prefix, dtype=torch.int64), tokens[i : i + length]]) for i in chosen])
-    return ids, tuple(chosen.tolist()), tuple(prefix)
+    return ids, chosen.tolist()
+
+
+def _prefix(tokenizer: Any) -> tuple[int, ...]:
+    """What the tokenizer itself puts before a text, such as <bos>: without it some models are lost."""
+    return (tokenizer.bos_token_id,) if _adds_bos(tokenizer) else ()
 
 
 def _adds_bos(tokenizer: Any) -> bool:

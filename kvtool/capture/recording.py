@@ -6,7 +6,7 @@ renamed, so a shard is whole or absent; an interrupted capture goes on where it 
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,10 @@ _EXPANDED_LIMIT = 128 << 20
 Report = Callable[[int, int], None]
 
 
-def record(loaded: LoadedModel, out: Path | str, *, text: str | None = None, **options: Any) -> Capture:
-    """Capture ``text`` (default: the shipped calibration text) into ``out``; options are those of ``plan``."""
+def record(
+    loaded: LoadedModel, out: Path | str, *, text: str | Mapping[str, str] | None = None, **options: Any
+) -> Capture:
+    """Capture ``text``, or several by name (default: the shipped calibration text), into ``out``; see ``plan``."""
     from kvtool import texts
 
     if text is None:

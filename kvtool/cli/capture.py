@@ -28,10 +28,13 @@ def capture(
     ] = None,
     text: Annotated[
         str | None,
-        typer.Option(help="austen (the default), wiki, kjv, a .txt or .jsonl file, or datasets:ID[:SPLIT[:FIELD]]."),
+        typer.Option(
+            help="austen (the default), wiki, kjv, a .txt or .jsonl file, or datasets:ID[:SPLIT[:FIELD]]; "
+            "several with commas between them."
+        ),
     ] = None,
     context: Annotated[str, typer.Option(help="Tokens per sample, such as 8192 or 8k.")] = "8k",
-    samples: Annotated[int, typer.Option(min=1, help="Stretches of text, chosen by --seed, not overlapping.")] = 1,
+    samples: Annotated[int, typer.Option(min=1, help="Stretches of each text, chosen by --seed, not overlapping.")] = 1,
     layers: Annotated[str, typer.Option(help="all, or a list such as 0,5-9.")] = "all",
     queries: Annotated[str, typer.Option(help="all, none, or how many per sample, evenly spread.")] = "all",
     dtype: Annotated[
@@ -56,8 +59,7 @@ def capture(
     from kvtool.capture.recording import run
     from kvtool.models import load_model
 
-    name = text or texts.CALIBRATION
-    content, tokens = texts.load(name), parse_tokens(context)
+    contents, tokens = texts.load_all(text or texts.CALIBRATION), parse_tokens(context)
     with talk.status(f"loading {model or 'smollm2'}"):
         loaded = load_model(
             model,
@@ -68,8 +70,7 @@ def capture(
         )
     plan = planning.plan(
         loaded,
-        content,
-        text_name=name if name in texts.names() else Path(name).name,
+        contents,
         context=tokens,
         samples=samples,
         layers=layers,

@@ -68,6 +68,19 @@ def load(name: str | Path) -> str:
     return text
 
 
+def load_all(names: str) -> dict[str, str]:
+    """The texts of ``names``, commas between them, by short name; a file may have commas in its own name.
+
+    Raises:
+        InputError: as :func:`load`, or a text named twice.
+    """
+    every = [names] if Path(names).expanduser().is_file() else [name.strip() for name in names.split(",")]
+    found = {name if name in TEXTS else Path(name).name: load(name) for name in every}
+    if len(found) < len(every):
+        raise InputError(f"text '{names}': expected different names, found one of them twice")
+    return found
+
+
 def _jsonl(path: Path, lines: str) -> str:
     """The field ``text`` of every line, joined by empty lines."""
     parts = []
