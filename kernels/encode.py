@@ -136,6 +136,10 @@ def _encode(
         if WIDTHS[i] > 0:
             v = turned[i] * inverse[:, None]
             code, level = _quantise(v, TABLE + 16 * i, step, WIDTHS[i])
+            if 32 * (i + 1) > D:
+                # padding has no level, and its code is 0
+                inside = (32 * i + c < D)[None, :]
+                code, level = tl.where(inside, code, 0), tl.where(inside, level, 0.0)
             decoded += tl.sum(level * (v if SCALE == 2 else level), 1)
             _store_words(WORDS + OFFSETS[i], code, WIDTHS[i], KEYS)
     if SCALE == 0:

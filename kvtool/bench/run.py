@@ -31,7 +31,7 @@ class Request:
 
 
 def bench(subject: Subject, request: Request, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Records in order: ``machine``, a ``step`` per context and batch, a ``crossover`` per batch, on a CPU ``predicted``.
+    """Records in order: ``machine``, ``step`` per context and batch, ``crossover`` per batch, on a CPU ``predicted``.
 
     Raises:
         BackendError: the back end cannot run, or its output is wrong.

@@ -20,15 +20,15 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROPE = Rope(inv_freq=tuple(1e4 ** (-i / 32) for i in range(32)), scaling=1.1)
 
 
-def compressed(method, tokens, softcap=None, rope=ROPE):
-    shape = LayerShape(kind=LayerKind.FULL, num_heads=6, num_kv_heads=2, head_dim=64, scale=0.125, softcap=softcap)
+def compressed(method, tokens, softcap=None, rope=ROPE, D=64):
+    shape = LayerShape(kind=LayerKind.FULL, num_heads=6, num_kv_heads=2, head_dim=D, scale=0.125, softcap=softcap)
     tensors = replace(method, mean="none").fit_layer(shape, rope, iter(()), layer=0)
     generator = torch.Generator().manual_seed(0)
     if method.mean != "none":
-        tensors["key_mean"] = torch.randn(2, 64, generator=generator)
+        tensors["key_mean"] = torch.randn(2, D, generator=generator)
     layer = LayerCalibration(0, shape, rope, {name: tensor.to(DEVICE) for name, tensor in tensors.items()})
-    keys, values = torch.randn(2, 1, 2, tokens, 64, generator=generator).to(DEVICE)
-    queries = 2 * torch.randn(1, 6, 2, 64, generator=generator).to(DEVICE)
+    keys, values = torch.randn(2, 1, 2, tokens, D, generator=generator).to(DEVICE)
+    queries = 2 * torch.randn(1, 6, 2, D, generator=generator).to(DEVICE)
     positions = torch.arange(4, 4 + tokens, device=DEVICE)
     kv, _ = method.compress(keys, values, layer, positions=positions)
     return queries, kv, layer, positions
@@ -78,17 +78,20 @@ def test_kernels_without_a_gpu_are_refused():
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "D"),
     [
-        {"k_bits": 3, "v_bits": 4, "scale": "norm", "mean": "rotated"},
-        {"k_bits": 1, "v_bits": 2, "scale": "unbiased", "mean": "channel"},
-        {"k_bits": 8, "v_bits": 3, "scale": "mse", "mean": "none"},
+        ({"k_bits": 3, "v_bits": 4, "scale": "norm", "mean": "rotated"}, 64),
+        ({"k_bits": 1, "v_bits": 2, "scale": "unbiased", "mean": "channel"}, 64),
+        ({"k_bits": 8, "v_bits": 3, "scale": "mse", "mean": "none"}, 64),
+        # 16 channels of padding, which must not count as stored
+        ({"k_bits": 4, "v_bits": 2, "scale": "unbiased", "mean": "rotated"}, 80),
+        ({"k_bits": 1, "v_bits": 8, "scale": "mse", "mean": "none"}, 80),
     ],
 )
-def test_the_encoder_writes_the_bytes_of_the_reference(options):
+def test_the_encoder_writes_the_bytes_of_the_reference(options, D):
     method = make_method("turboquant", options | {"codebook": "sphere"})
-    _, exact, layer, positions = compressed(method, 128)
-    keys, values = torch.randn(2, 1, 2, 128, 64, generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    _, exact, layer, positions = compressed(method, 128, D=D)
+    keys, values = torch.randn(2, 1, 2, 128, D, generator=torch.Generator().manual_seed(5)).to(DEVICE)
     exact, _ = method.compress(keys, values, layer, positions=positions)
     found = kernels.compress(method, keys, values, layer, positions=positions)
     for name in ("key", "value"):
