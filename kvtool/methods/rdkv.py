@@ -20,7 +20,6 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from kvtool import scores
-from kvtool.allocation import allocate
 from kvtool.attention import Attended
 from kvtool.methods.base import (
     LOOKS_BACK,
@@ -32,10 +31,11 @@ from kvtool.methods.base import (
     Method,
     Progress,
 )
-from kvtool.packing import PAGE, groups
+from kvtool.packing import groups
 from kvtool.rdkv.budget import budget_fraction, parse_share
 from kvtool.rdkv.claims import distortion_claims, level_distortion, output_distortion
 from kvtool.rdkv.pages import LEVELS, Pages, level_bytes, pack, unpack
+from kvtool.rdkv.spending import in_order, page_sums, spend
 from kvtool.shapes import CacheShape, LayerShape, TensorSpec
 
 if TYPE_CHECKING:
@@ -280,7 +280,7 @@ class RDKV(Method):
     def pages(self, evicted: Tensor, kept: Tensor, layer: LayerCalibration) -> tuple[Tensor, Tensor]:
         """Bytes [H, P, L] and predicted distortion [B, H, P, L] of every page at every level."""
         order = evicted.argsort(-1, descending=True)
-        lost, noisy = (_pages(x.gather(-1, order)) for x in (evicted, kept))  # [B, H, P]
+        lost, noisy = (page_sums(x.gather(-1, order)) for x in (evicted, kept))  # [B, H, P]
         distortion = noisy[..., None] * layer["distortion"][:, None].to(kept.device)
         distortion[..., 0] = lost
         cost = level_bytes(layer["widths"], layer.shape.head_dim).to(kept.device)
@@ -288,27 +288,9 @@ class RDKV(Method):
 
     def plan(self, evicted: Tensor, kept: Tensor, layer: LayerCalibration, left: Tensor) -> tuple[Tensor, Tensor]:
         """The level of each token, uint8 [B, H, T], and the bytes [B] that remain."""
-        B, H, T = kept.shape
+        H, T = kept.shape[1:]
         cost, distortion = self.pages(evicted, kept, layer)
         # the level of each token is stored too
         each = float(layer["fraction"]) * 4 * T * layer.shape.head_dim - 3 * -(-T // 8)
-        heads = 1 if self.scope == "head" else H
-        levels = torch.zeros(distortion.shape[:3], dtype=torch.uint8, device=kept.device)
-        remains = left.clone()
-        for b in range(B):
-            remains[b] += each * H
-            for first in range(0, H, heads):
-                part = slice(first, first + heads)
-                c, d = cost[part].flatten(0, 1), distortion[b, part].flatten(0, 1)
-                chosen = allocate(c, d, max(0.0, each * heads + float(left[b]) * heads / H))
-                levels[b, part] = chosen.reshape(heads, -1).to(torch.uint8)
-                remains[b] -= float(c.gather(1, chosen[:, None]).sum())
-        tokens = levels.repeat_interleave(PAGE, -1)[..., :T]
-        order = evicted.argsort(-1, descending=True)
-        return torch.zeros_like(tokens).scatter_(-1, order, tokens), remains
-
-
-def _pages(sorted_weights: Tensor) -> Tensor:
-    """Sums over runs of 64 tokens: [B, H, T] to [B, H, ceil(T/64)]."""
-    padded = torch.nn.functional.pad(sorted_weights, (0, -sorted_weights.shape[-1] % PAGE))
-    return padded.unflatten(-1, (-1, PAGE)).sum(-1)
+        levels, remains = spend(cost, distortion, each, left, heads=1 if self.scope == "head" else H)
+        return in_order(levels, evicted), remains

@@ -12,7 +12,7 @@ in steps of an eighth of an octave; codes are Lloyd-Max indices of y / (gain * s
 are uniform, a page of their high bytes before a page of their low ones: two pages of 8 bits to a kernel.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -54,42 +54,66 @@ def level_bytes(widths: Tensor, head_dim: int) -> Tensor:
 def pack(keys: Tensor, values: Tensor, levels: Tensor, layer: "LayerCalibration", positions: Tensor) -> Pages:
     """Keys and values [B, H, T, D] at ``levels`` [B, H, T] to pages."""
     rotated = _Rotated(keys, values, layer, positions)
-    rows = []
-    for b in range(keys.shape[0]):
-        parts = [rotated.encode(b, h, level, tokens) for level, h, tokens in segments(levels[b])]
-        empty = [torch.zeros(0, dtype=torch.uint8, device=keys.device)]
-        rows.append([torch.cat([*empty, *field]) for field in zip(*parts, strict=True)] if parts else empty * 4)
-    fields = [torch.nn.utils.rnn.pad_sequence(list(field), batch_first=True) for field in zip(*rows, strict=True)]
-    return Pages(_planes(levels), *fields)
+    return Pages(planes(levels, 3), *in_rows(levels, rotated.encode, fields=4))
 
 
 def unpack(kv: Pages, layer: "LayerCalibration", positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Keys and values [B, H, K, D] float32 of the kept tokens, and which rows are real, bool [B, H, K]."""
     levels = token_levels(kv.levels, len(positions))
-    B, H, _ = levels.shape
-    D = layer.shape.head_dim
-    kept = int((levels > 0).sum(-1).max()) if levels.numel() else 0
-    device = kv.key_codes.device
-    keys, values = (torch.zeros(B, H, kept, D, device=device) for _ in range(2))
-    real = torch.zeros(B, H, kept, dtype=torch.bool, device=device)
     maps = _Maps(layer)
     centre = _centre(layer, positions)
-    for b in range(B):
-        at, byte, page = [0] * H, [0, 0], 0
-        for level, h, tokens in segments(levels[b]):
-            n = -(-len(tokens) // packing.PAGE)
-            sizes = maps.page_bytes(h, level)
-            codes = [field[b, o : o + n * size] for field, o, size in zip(kv[1:3], byte, sizes, strict=True)]
-            byte = [o + n * size for o, size in zip(byte, sizes, strict=True)]
-            gains = [g[b, page * packing.PAGE : (page + n) * packing.PAGE] for g in kv[3:5]]
-            page += n
-            key, value = maps.decode(h, level, codes, gains, n)
-            rows = slice(at[h], at[h] + len(tokens))
-            keys[b, h, rows] = key[: len(tokens)] + centre[h, tokens]
-            values[b, h, rows] = value[: len(tokens)]
-            real[b, h, rows] = True
-            at[h] += len(tokens)
+    keys, values, real = empty(levels, layer.shape.head_dim)
+
+    def sizes(h: int, level: int) -> tuple[int, ...]:
+        return *maps.page_bytes(h, level), packing.PAGE, packing.PAGE
+
+    for b, h, level, tokens, rows, (key_codes, value_codes, *gains) in from_rows(kv[1:], levels, sizes):
+        key, value = maps.decode(h, level, [key_codes, value_codes], gains, -(-len(tokens) // packing.PAGE))
+        keys[b, h, rows] = key[: len(tokens)] + centre[h, tokens]
+        values[b, h, rows] = value[: len(tokens)]
+        real[b, h, rows] = True
     return keys, values, real
+
+
+def in_rows(
+    levels: Tensor, encode: Callable[[int, int, int, Tensor], tuple[Tensor, ...]], *, fields: int
+) -> list[Tensor]:
+    """What ``encode(b, h, level, tokens)`` makes of each segment, uint8: field by field [B, bytes], zeros behind."""
+    rows = []
+    for b in range(len(levels)):
+        parts = [encode(b, h, level, tokens) for level, h, tokens in segments(levels[b])]
+        nothing = [torch.zeros(0, dtype=torch.uint8, device=levels.device)]
+        each = zip(*parts, strict=True) if parts else [()] * fields
+        rows.append([torch.cat([*nothing, *field]) for field in each])
+    return [torch.nn.utils.rnn.pad_sequence(list(field), batch_first=True) for field in zip(*rows, strict=True)]
+
+
+def from_rows(
+    fields: Sequence[Tensor], levels: Tensor, sizes: Callable[[int, int], tuple[int, ...]]
+) -> Iterator[tuple[int, int, int, Tensor, slice, list[Tensor]]]:
+    """Every segment of ``fields`` as :func:`in_rows` made them: b, h, level, tokens, where they go, and its bytes.
+
+    sizes: bytes of a page of each field for a head and level. Bytes come as [pages, size].
+    """
+    for b, row in enumerate(levels):
+        at, byte = [0] * len(row), [0] * len(fields)
+        for level, h, tokens in segments(row):
+            n = -(-len(tokens) // packing.PAGE)
+            own = sizes(h, level)
+            parts = [
+                f[b, o : o + n * size].unflatten(0, (n, size)) for f, o, size in zip(fields, byte, own, strict=True)
+            ]
+            byte = [o + n * size for o, size in zip(byte, own, strict=True)]
+            rows = slice(at[h], at[h] + len(tokens))
+            at[h] = rows.stop
+            yield b, h, level, tokens, rows, parts
+
+
+def empty(levels: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the tokens that ``levels`` [B, H, T] keep: keys and values [B, H, K, D], and which rows are real."""
+    kept = int((levels > 0).sum(-1).max()) if levels.numel() else 0
+    keys, values = (torch.zeros(*levels.shape[:2], kept, head_dim, device=levels.device) for _ in range(2))
+    return keys, values, torch.zeros(keys.shape[:3], dtype=torch.bool, device=levels.device)
 
 
 def restore(
@@ -262,10 +286,10 @@ def _padded(x: Tensor, fill: int) -> Tensor:
     return torch.cat([x, x.new_zeros(fill, *x.shape[1:])]) if fill else x
 
 
-def _planes(levels: Tensor) -> Tensor:
-    """Levels [B, H, T] below 8 to bit planes uint8 [B, H, 3, ceil(T/8)], lowest bit first."""
+def planes(levels: Tensor, count: int) -> Tensor:
+    """Levels [B, H, T] below 2^count to bit planes uint8 [B, H, count, ceil(T/8)], lowest bit first."""
     padded = torch.nn.functional.pad(levels.to(torch.uint8), (0, -levels.shape[-1] % 8))
-    bits = (padded[..., None, :] >> torch.arange(3, device=levels.device, dtype=torch.uint8)[:, None]) & 1
+    bits = (padded[..., None, :] >> torch.arange(count, device=levels.device, dtype=torch.uint8)[:, None]) & 1
     weights = 2 ** torch.arange(8, device=levels.device, dtype=torch.uint8)
     return (bits.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
 
@@ -273,5 +297,6 @@ def _planes(levels: Tensor) -> Tensor:
 def token_levels(planes: Tensor, tokens: int) -> Tensor:
     """The level of each token, uint8 [B, H, T], from the bit planes that are stored."""
     bits = (planes[..., None] >> torch.arange(8, device=planes.device, dtype=torch.uint8)) & 1
-    flat = bits.flatten(-2)[..., :tokens]  # [B, H, 3, T]
-    return flat[:, :, 0] + 2 * flat[:, :, 1] + 4 * flat[:, :, 2]
+    flat = bits.flatten(-2)[..., :tokens]  # [B, H, planes, T]
+    weights = 2 ** torch.arange(flat.shape[2], device=planes.device, dtype=torch.uint8)
+    return (flat * weights[:, None]).sum(2, dtype=torch.uint8)
