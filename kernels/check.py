@@ -177,7 +177,7 @@ def _method(made: Any, shape: Shape, device: torch.device, *, outside: bool = Fa
     positions = torch.arange(64 * shape.N, device=device)
     if outside:
         keys, values = subject.random(64 * shape.N, shape.B, device)
-        keys[:, :, 64:128], values[:, :, 128:192] = 30 * keys[:, :, 64:128], 30 * values[:, :, 128:192]
+        keys[:, :, 64:128], values[:, :, 128:192] = 8 * keys[:, :, 64:128], 30 * values[:, :, 128:192]
         kv = made.compress(keys, values, subject.layer, positions=positions)[0]
         if len(kv.outside.unique()) < 3:
             raise RuntimeError("expected pages outside the statistics, keys and values apart")
