@@ -192,7 +192,7 @@ def levels_of(method: RINA, layer: LayerCalibration) -> Levels:
         noise = layer["key_noise"] / (2 * key_unit[..., None].square())
         probes = [mids[..., :J].sum(-1), mids[..., J], noise[..., J - 1], noise[..., J] - noise[..., J - 1]]
         turn, back = (
-            F.pad(rotation.matrix(layer[f"{side}_rotation"]), (0, 0, 0, missing)) for side in ("key", "value")
+            F.pad(x, (0, 0, 0, missing)) for x in (rotation.matrix(layer["key_rotation"]), layer["value_decoder"])
         )
         key_halves, value_halves = layer["key_halves"], layer["value_halves"]
         kappa = layer["kappa"] if method.correction else torch.zeros_like(layer["kappa"])

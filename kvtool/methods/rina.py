@@ -31,7 +31,7 @@ from kvtool.centring import Centre
 from kvtool.errors import CaptureError, ModelError
 from kvtool.methods.base import FITTED_MARGIN, Carry, Claim, Decompressed, LayerCalibration, Method
 from kvtool.rina import code, tiles
-from kvtool.rina.fit import fit_beta, fit_kappa
+from kvtool.rina.fit import fit_beta, fit_kappa, fit_output
 from kvtool.rina.plan import Plan, choose
 from kvtool.rina.tiles import TilesKV
 from kvtool.shapes import CacheShape, LayerShape, Rope, TensorSpec
@@ -77,6 +77,7 @@ class RINA(Method):
     name: ClassVar[str] = "rina"
     paper: ClassVar[str] = "https://github.com/Misaka477/RINA-1bit-KV"
     summary: ClassVar[str] = "recursive 1-bit stages over sub-spaces, error feedback on values, noise-corrected logits"
+    sees_sinks: ClassVar[bool] = True
 
     k_stages: int = Field(1, ge=1, le=8, description="one-bit stages of keys")
     v_stages: int = Field(1, ge=1, le=8, description="one-bit stages of values")
@@ -166,7 +167,7 @@ class RINA(Method):
         unit = code.decode_norm(packing.unpack_tokens(kv.value_norms)) / math.sqrt(D)
         v = code.decode(bits, halves, _stages(layer, "value", self.v_stages)) * unit[..., None]
         keys = rotation.unrotate(k, layer["key_rotation"]) + self.centre(layer, positions)
-        return Decompressed(keys, rotation.unrotate(v, layer["value_rotation"]))
+        return Decompressed(keys, v @ layer["value_decoder"])
 
     def attend(
         self,
@@ -183,13 +184,27 @@ class RINA(Method):
         if self.target_bits is not None:
             chosen = self.at(layer.shape.head_dim)
             return chosen.attend(queries, kv, layer, positions=positions, scale=scale, softcap=softcap)
-        keys, values, _ = self.decompress(kv, layer, positions=positions)
+        values = self.decompress(kv, layer, positions=positions).values
+        logits = self.logits(queries, kv, layer, positions=positions, scale=scale, softcap=softcap)
+        return attention.from_logits(logits, values)
+
+    def logits(
+        self,
+        queries: Tensor,
+        kv: RINAKV,
+        layer: LayerCalibration,
+        *,
+        positions: Tensor,
+        scale: float,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """Logits of the compressed keys, corrected and capped, [B, H, G, S, T]."""
+        keys, _ = self._keys(kv, layer)
+        keys = rotation.unrotate(keys, layer["key_rotation"]) + self.centre(layer, positions)
         logits = attention.logits(queries, keys, scale=scale)
         if self.correction:
             logits = logits + self.correction_of(queries, kv, layer, scale=scale)
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        return attention.from_logits(logits, values)
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
     def _keys(self, kv: RINAKV, layer: LayerCalibration) -> tuple[Tensor, Tensor]:
         """Rotated, centred keys [B, H, T, D], and the variance of their noise per sub-space [B, H, T, m]."""
@@ -284,6 +299,7 @@ class RINA(Method):
             "value_mids": TensorSpec("float32", (H, m, self.v_stages)),
             "value_halves": TensorSpec("float32", (H, m, self.v_stages)),
             "query_energy": TensorSpec("float32", (H, m)),
+            "value_decoder": TensorSpec("float32", (H, D, D)),
             "beta": TensorSpec("float32", (H,)),
             "kappa": TensorSpec("float32", (shape.num_heads,)),
         }
@@ -323,11 +339,13 @@ class RINA(Method):
             tensors[f"{side}_mids"], tensors[f"{side}_halves"] = shaped
             if side == "key":
                 tensors["key_noise"] = code.noise(y, shaped)
+        tensors["value_decoder"] = rotation.matrix(tensors["value_rotation"]).clone()
         tensors["beta"], tensors["kappa"] = torch.zeros(H), torch.zeros(shape.num_heads)
-        if self.feedback:
-            tensors["beta"] = fit_beta(self, fitted, samples)
         if self.correction:
             tensors["kappa"] = fit_kappa(self, fitted, samples)
+        if self.feedback:
+            tensors["beta"] = fit_beta(self, fitted, samples)
+        tensors["value_decoder"] = fit_output(self, fitted, samples)
         return tensors
 
 

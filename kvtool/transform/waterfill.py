@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ def candidates(side: str, statistics: Statistics, samples: Samples, plain: Tenso
     chosen: dict[tuple[str, int], tuple[int, ...]] = {}
     for kind, (_, variance) in kinds.items():
         for total in _totals(bits, D):
-            chosen[kind, total] = _spend(variance, total, max_stages(D))
+            chosen[kind, total] = spend(variance, total, max_stages(D))
     errors = _measure(side, statistics, samples, {k: (kinds[k[0]], w) for k, w in chosen.items()})
     best = []
     for total in _totals(bits, D):
@@ -81,7 +81,22 @@ def build(side: str, candidate: Candidate, statistics: Statistics, plain: Tensor
     return fitting.make_code(turn, variance, candidate.widths, examples)
 
 
-def share(options: Sequence[Sequence[Candidate]], budget: float) -> list[Candidate]:
+class Priced(Protocol):
+    """Anything with a cost and an error."""
+
+    @property
+    def cost(self) -> float:
+        """Bits per token and head."""
+
+    @property
+    def error(self) -> float:
+        """Measured."""
+
+
+P = TypeVar("P", bound=Priced)
+
+
+def share(options: Sequence[Sequence[P]], budget: float) -> list[P]:
     """One candidate per item, the least sum of errors within ``budget`` bits.
 
     Raises:
@@ -102,7 +117,7 @@ def _totals(bits: float, head_dim: int) -> list[int]:
     return list(range(low, top + step, step))
 
 
-def _spend(variance: Tensor, total: int, stages: int) -> tuple[int, ...]:
+def spend(variance: Tensor, total: int, stages: int) -> tuple[int, ...]:
     """The widths summing to ``total`` that leave least, a stage's gain counted at the rate bits are worth."""
     C = variance.shape[-1]
 
@@ -142,10 +157,10 @@ def _measure(
     power = 0.0
     codes: dict[_Key, Code] = {}
     for whole in islice(samples(), _SAMPLES):
-        sample = _beginning(whole)
+        sample = beginning(whole, _TOKENS)
         seen = fitting.attention_of(sample, _QUERIES)
         keep = sample.positions >= centring.SINKS
-        x = fitting.centred(sample, statistics.mean) if side == "key" else sample.values.float()
+        x = fitting.vectors(side, sample, statistics)
         for key, ((turn, variance), widths) in wanted.items():
             if key not in codes:
                 codes[key] = fitting.make_code(turn, variance, widths, x[:, keep][:, ::2])
@@ -155,7 +170,7 @@ def _measure(
                 errors[key] += float(rest[:, keep].square().mean())
             power += float(x[:, keep].square().mean())
             continue
-        metric = _per_query_head(sample)
+        metric = per_query_head(sample)
         values = sample.values.float()
         if side == "key":
             exact = seen.logits.softmax(-1) @ values
@@ -164,8 +179,8 @@ def _measure(
                 # what is added to the exact logits is the error of the coded tokens alone
                 found = fitting.logits(seen.queries, sample.keys.float() + (read - x), sample.shape)
                 found = torch.where(seen.coded, found, seen.logits).softmax(-1) @ values
-                errors[key] += _cost(found - exact, metric)
-            power += _cost(exact, metric)
+                errors[key] += cost_of(found - exact, metric)
+            power += cost_of(exact, metric)
         else:
             exact = seen.weights @ values
             # fitted on every other query, judged on the rest
@@ -175,16 +190,16 @@ def _measure(
                 features = moments.features(values, seen.weights)
                 moments.add(features[:, fit], exact[:, fit])
                 found = (features / moments.units)[:, judge] @ moments.solve()
-                errors[key] += 2 * _cost(found - exact[:, judge], metric)
-            power += _cost(exact, metric)
+                errors[key] += 2 * cost_of(found - exact[:, judge], metric)
+            power += cost_of(exact, metric)
     size = math.exp(statistics.stream) if statistics.stream is not None else power
     return {key: error / max(size, 1e-30) for key, error in errors.items()}
 
 
-def _beginning(sample: "LayerSample") -> "LayerSample":
-    """The first tokens of a sample."""
+def beginning(sample: "LayerSample", tokens: int) -> "LayerSample":
+    """The first ``tokens`` of a sample."""
     short = replace(
-        sample, keys=sample.keys[:, :_TOKENS], values=sample.values[:, :_TOKENS], positions=sample.positions[:_TOKENS]
+        sample, keys=sample.keys[:, :tokens], values=sample.values[:, :tokens], positions=sample.positions[:tokens]
     )
     if sample.queries is None or sample.query_positions is None:
         return short
@@ -192,12 +207,13 @@ def _beginning(sample: "LayerSample") -> "LayerSample":
     return replace(short, queries=sample.queries[:, asked], query_positions=sample.query_positions[asked])
 
 
-def _per_query_head(sample: "LayerSample") -> Tensor:
+def per_query_head(sample: "LayerSample") -> Tensor:
+    """W_O,h^T W_O,h [HQ, D, D]; the identity if it is unknown."""
     HQ, D = sample.shape.num_heads, sample.values.shape[-1]
     return torch.eye(D).expand(HQ, D, D) if sample.output_gram is None else sample.output_gram.float()
 
 
-def _cost(error: Tensor, metric: Tensor) -> float:
+def cost_of(error: Tensor, metric: Tensor) -> float:
     """Mean over queries of the squared error behind the output projection; ``error`` [H, G*Q, D]."""
     apart = error.unflatten(1, (len(metric) // len(error), -1)).flatten(0, 1)  # [HQ, Q, D]
     return float(torch.einsum("hqd,hde,hqe->", apart, metric, apart)) / apart.shape[1]
