@@ -22,6 +22,7 @@ from torch import Tensor
 from kvtool import scores
 from kvtool.attention import Attended
 from kvtool.methods.base import LOOKS_BACK, WHOLE_PROMPT, Carry, Decompressed, LayerCalibration, Method, Progress
+from kvtool.methods.finite import require_finite_tokens
 from kvtool.rdkv.budget import parse_share
 from kvtool.shapes import LayerShape, TensorSpec
 
@@ -114,6 +115,7 @@ class Eviction(Method):
         queries: Tensor | None = None,
         carry: Carry = None,
     ) -> tuple[KeptKV, Carry]:
+        require_finite_tokens(keys, values, layer.index)
         T = keys.shape[2]
         wanted = float(layer["fraction"]) * T + (0.0 if carry is None else float(carry.owed.max()))
         kept = min(T, int(wanted + 1e-6))

@@ -6,6 +6,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from kvtool.methods.base import Carry, Decompressed, LayerCalibration, Method
+from kvtool.methods.finite import require_finite_tokens
 
 
 class ExactKV(NamedTuple):
@@ -33,6 +34,7 @@ class Exact(Method):
         queries: Tensor | None = None,
         carry: Carry = None,
     ) -> tuple[ExactKV, Carry]:
+        require_finite_tokens(keys, values, layer.index)
         return ExactKV(keys, values), None
 
     def decompress(self, kv: ExactKV, layer: LayerCalibration, *, positions: Tensor) -> Decompressed:

@@ -15,8 +15,9 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from kvtool import packing
-from kvtool.errors import CaptureError, ModelError
+from kvtool.errors import CaptureError
 from kvtool.methods.base import Carry, Decompressed, LayerCalibration, Method
+from kvtool.methods.finite import require_finite_tokens
 from kvtool.shapes import LayerShape, Rope, TensorSpec
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class Fp8(Method):
         queries: Tensor | None = None,
         carry: Carry = None,
     ) -> tuple[Fp8KV, Carry]:
+        require_finite_tokens(keys, values, layer.index)
         key_codes, key_scales = self._encode(keys.float(), layer, "key")
         value_codes, value_scales = self._encode(values.float(), layer, "value")
         return Fp8KV(key_codes, value_codes, key_scales, value_scales), None
@@ -82,8 +84,6 @@ class Fp8(Method):
         )
 
     def _encode(self, x: Tensor, layer: LayerCalibration, side: str) -> tuple[Tensor, Tensor]:
-        if not x.isfinite().all():
-            raise ModelError(f"layer {layer.index}: {side}s: expected finite numbers, found NaN or infinity")
         pages = x.unflatten(2, (-1, packing.PAGE))  # [B, H, N, 64, D]
         stored = pages.abs().amax((-1, -2), keepdim=True).squeeze(-1) / _LARGEST  # [B, H, N, 1]
         if self.scale == "head":

@@ -26,6 +26,7 @@ from kvtool.errors import CaptureError, ModelError
 from kvtool.methods import rabitq_code as code
 from kvtool.methods import rabitq_query
 from kvtool.methods.base import Carry, Claim, Decompressed, LayerCalibration, Method
+from kvtool.methods.finite import require_finite_tokens
 from kvtool.methods.rabitq_code import Delta, RotationKind
 from kvtool.shapes import CacheShape, LayerShape, Rope, TensorSpec
 
@@ -117,6 +118,7 @@ class RaBitQ(Method):
         queries: Tensor | None = None,
         carry: Carry = None,
     ) -> tuple[RaBitQKV | SketchKV, Carry]:
+        require_finite_tokens(keys, values, layer.index)
         residual = keys.float() - self.centre(layer, positions)
         if self.mode == "topp":
             pages, scales = _encode(residual, layer["key_rotation"], 1, "unbiased", packing.pack_keys)

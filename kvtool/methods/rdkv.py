@@ -31,6 +31,7 @@ from kvtool.methods.base import (
     Method,
     Progress,
 )
+from kvtool.methods.finite import require_finite_tokens
 from kvtool.packing import groups
 from kvtool.rdkv.budget import budget_fraction, parse_share
 from kvtool.rdkv.claims import distortion_claims, level_distortion, output_distortion
@@ -193,6 +194,7 @@ class RDKV(Method):
         queries: Tensor | None = None,
         carry: Carry = None,
     ) -> tuple[Pages, Carry]:
+        require_finite_tokens(keys, values, layer.index)
         evicted, kept = self.token_weights(keys, values, layer, positions, queries, carry)
         left = torch.zeros(len(keys), device=keys.device) if carry is None else carry.left
         levels, left = self.plan(evicted, kept, layer, left)

@@ -8,7 +8,7 @@ import torch
 from kvtool import attention
 from kvtool.calibration import Calibration
 from kvtool.capture.sample import LayerSample
-from kvtool.errors import MethodOptionError
+from kvtool.errors import MethodOptionError, ModelError
 from kvtool.methods import METHODS, make_method
 from kvtool.methods.base import nbytes
 from kvtool.shapes import CacheShape, LayerKind, LayerShape, Rope
@@ -192,6 +192,17 @@ def test_heads_and_sequences_do_not_disturb_each_other(name):
     alone = compress(made, keys[1:], values[1:], queries[1:], positions)[1]
     torch.testing.assert_close(both.keys[1:], alone.keys, atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(both.values[1:], alone.values, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("side", "bad"), [(0, float("nan")), (1, float("inf"))])
+def test_what_is_not_finite_is_refused_in_one_sentence(name, side, bad):
+    *both, queries, positions = tokens(T=256)
+    both[side] = both[side].clone()
+    both[side][1, 0, 70, 3] = bad
+    with pytest.raises(ModelError, match="expected .*found NaN or.* load the model in bfloat16 or float32") as refusal:
+        compress(calibration(name), *both, queries, positions)
+    assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("name", METHODS)
