@@ -61,6 +61,7 @@ class Transform(Method):
     paper: ClassVar[str] = "https://arxiv.org/abs/2511.01815"
     summary: ClassVar[str] = "transform coding fitted to the model, with bits spent where attention needs them"
     sees_sinks: ClassVar[bool] = True
+    widest: ClassVar[int] = 8  # bits of a stage at most
 
     bits: float = Field(2.25, ge=0.5, le=16, description="average bits per value, gains and flags included")
     scope: Literal["model", "layer"] = Field("model", description="share the budget over the model, or layer by layer")
@@ -159,7 +160,8 @@ class Transform(Method):
             statistics[i] = fitting.statistics(samples)
             plain[i] = self._plain(capture.shape.layers[i], i)
             options[i] = [
-                waterfill.candidates(side, statistics[i], samples, plain[i][side], self.bits) for side in SIDES
+                waterfill.candidates(side, statistics[i], samples, plain[i][side], self.bits, self.widest)
+                for side in SIDES
             ]
             step()
         chosen = self._choose(capture.shape, options)

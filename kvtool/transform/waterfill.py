@@ -50,19 +50,25 @@ def max_stages(head_dim: int) -> int:
     return 2 * max(1, groups(head_dim))
 
 
-def candidates(side: str, statistics: Statistics, samples: Samples, plain: Tensor, bits: float) -> list[Candidate]:
-    """One candidate per total width, each the better of its kinds, measured on the first samples."""
+def candidates(
+    side: str, statistics: Statistics, samples: Samples, plain: Tensor, bits: float, widest: int = _WIDTHS[0]
+) -> list[Candidate]:
+    """One candidate per total width, each the better of its kinds, measured on the first samples.
+
+    widest: bits of a stage at most.
+    """
     D = plain.shape[-1]
+    totals = _totals(bits, D, min(8 * groups(D) + 4, widest * max_stages(D)))
     kinds = {"transform": _basis(side, statistics)}
     if side == "value":
         kinds["rotation"] = fitting.plain_basis(plain)
     chosen: dict[tuple[str, int], tuple[int, ...]] = {}
     for kind, (_, variance) in kinds.items():
-        for total in _totals(bits, D):
-            chosen[kind, total] = spend(variance, total, max_stages(D))
+        for total in totals:
+            chosen[kind, total] = spend(variance, total, max_stages(D), widest)
     errors = _measure(side, statistics, samples, {k: (kinds[k[0]], w) for k, w in chosen.items()})
     best = []
-    for total in _totals(bits, D):
+    for total in totals:
         kind = min(kinds, key=lambda kind: errors[kind, total])
         widths = chosen[kind, total]
         best.append(Candidate(kind, widths, GROUP * total + GAIN_BITS * len(widths), errors[kind, total]))
@@ -109,15 +115,15 @@ def share(options: Sequence[Sequence[P]], budget: float) -> list[P]:
     return [item[i] for item, i in zip(padded, allocate(cost, error, budget).tolist(), strict=True)]
 
 
-def _totals(bits: float, head_dim: int) -> list[int]:
-    """Total widths worth measuring around an average of ``bits`` per value."""
+def _totals(bits: float, head_dim: int, most: int) -> list[int]:
+    """Total widths worth measuring around an average of ``bits`` per value, up to about ``most``."""
     fair = bits * groups(head_dim)
-    low, top = math.floor(fair / 3), min(math.ceil(2 * fair) + 1, 8 * groups(head_dim) + 4)
+    low, top = math.floor(fair / 3), min(math.ceil(2 * fair) + 1, most)
     step = max(1, round((top - low) / 9))
     return list(range(low, top + step, step))
 
 
-def spend(variance: Tensor, total: int, stages: int) -> tuple[int, ...]:
+def spend(variance: Tensor, total: int, stages: int, widest: int = _WIDTHS[0]) -> tuple[int, ...]:
     """The widths summing to ``total`` that leave least, a stage's gain counted at the rate bits are worth."""
     C = variance.shape[-1]
 
@@ -125,7 +131,7 @@ def spend(variance: Tensor, total: int, stages: int) -> tuple[int, ...]:
         left = float(chain.pick(variance, widths)[2].mean())
         return math.log(max(left, 1e-300)) + 2 * math.log(2) * GAIN_BITS * len(widths) / C
 
-    return min(_partitions(total, stages), key=price)
+    return min(_partitions(total, stages, widest), key=price)
 
 
 @lru_cache
