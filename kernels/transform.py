@@ -23,6 +23,8 @@ from kvtool.transform import code as chain
 
 def refuses(method: Transform, *, gluon: bool = False) -> str | None:
     """Why there is no kernel; None if there is one."""
+    if method.evicts:
+        return f"transform at {method.bits:g} bits evicts tokens, for which there is no kernel"
     return "transform has gains per group, which only the triton back end reads" if gluon else None
 
 

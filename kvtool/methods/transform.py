@@ -22,19 +22,28 @@ from torch import Tensor
 
 from kvtool import centring, packing, rotation
 from kvtool.errors import MethodOptionError, ModelError
-from kvtool.methods.base import Carry, Decompressed, LayerCalibration, Method, Progress
+from kvtool.methods.base import (
+    LOOKS_BACK,
+    WHOLE_PROMPT,
+    Carry,
+    Decompressed,
+    LayerCalibration,
+    Method,
+    Progress,
+)
 from kvtool.packing import GROUP, PAGE
 from kvtool.shapes import CacheShape, LayerShape, TensorSpec
 from kvtool.transform import code as chain
 from kvtool.transform import fit as fitting
-from kvtool.transform import waterfill
+from kvtool.transform import keeping, waterfill, worth
 from kvtool.transform.code import Code, Coded
 from kvtool.transform.fit import Samples, Statistics
+from kvtool.transform.ladder import SIDES, LadderKV
 
 if TYPE_CHECKING:
-    from kvtool.capture import Capture, LayerSample
+    from kvtool.capture import Capture
 
-SIDES = ("key", "value")
+EVICTS_BELOW = 1.25  # bits
 
 
 class TransformKV(NamedTuple):
@@ -63,12 +72,38 @@ class Transform(Method):
     sees_sinks: ClassVar[bool] = True
     widest: ClassVar[int] = 8  # bits of a stage at most
 
-    bits: float = Field(2.25, ge=0.5, le=16, description="average bits per value, gains and flags included")
+    bits: float = Field(2.25, ge=0.1, le=16, description="average bits per value, all included; below 1.25 evicts too")
     scope: Literal["model", "layer"] = Field("model", description="share the budget over the model, or layer by layer")
     guard: float = Field(
         0.25, gt=0, le=1, description="share of a page's tokens beyond the calibrated range that makes it plain"
     )
     seed: int = Field(0, ge=0, description="of the random rotations")
+
+    def __post_init__(self) -> None:
+        if self.evicts:
+            # which tokens stay is a choice among all of a prompt
+            object.__setattr__(self, "block", None)
+
+    @property
+    def evicts(self) -> bool:
+        """Whether tokens are dropped, because coding all of them would cost more than it is worth."""
+        return self.bits < EVICTS_BELOW
+
+    @property
+    def looks_back(self) -> int:
+        return WHOLE_PROMPT if self.evicts else LOOKS_BACK
+
+    def begin(
+        self,
+        queries: Tensor | None,
+        keys: Tensor,
+        values: Tensor,
+        layer: LayerCalibration,
+        *,
+        sinks: int,
+        carry: Carry = None,
+    ) -> Carry:
+        return worth.begin(queries, keys, values, layer, sinks=sinks, carry=carry) if self.evicts else carry
 
     def compress(
         self,
@@ -79,7 +114,11 @@ class Transform(Method):
         positions: Tensor,
         queries: Tensor | None = None,
         carry: Carry = None,
-    ) -> tuple[TransformKV, Carry]:
+    ) -> tuple[TransformKV | LadderKV, Carry]:
+        if self.evicts:
+            for side, x in zip(SIDES, (keys, values), strict=True):
+                check_finite(x, layer, side)
+            return keeping.compress(self, keys, values, layer, positions=positions, queries=queries, carry=carry)
         delta = keys.float() - centring.at(layer["key_mean"], "rotated", layer.rope, positions)
         key, key_outside = self._encode(delta, layer, "key")
         value, value_outside = self._encode(values.float(), layer, "value")
@@ -94,7 +133,9 @@ class Transform(Method):
             None,
         )
 
-    def decompress(self, kv: TransformKV, layer: LayerCalibration, *, positions: Tensor) -> Decompressed:
+    def decompress(self, kv: TransformKV | LadderKV, layer: LayerCalibration, *, positions: Tensor) -> Decompressed:
+        if isinstance(kv, LadderKV):
+            return keeping.decompress(kv, layer, positions)
         keys, values = widths(layer, "key"), widths(layer, "value")
         codes = packing.unpack_keys(kv.key_pages, keys, GROUP * len(keys))
         delta = _decode(codes, kv.key_gains, kv.outside & 1, layer, "key")
@@ -102,32 +143,22 @@ class Transform(Method):
         read = _decode(codes, kv.value_gains, kv.outside >> 1, layer, "value")
         return Decompressed(delta + centring.at(layer["key_mean"], "rotated", layer.rope, positions), read)
 
-    def notes(self, kv: TransformKV) -> dict[str, float]:
+    def notes(self, kv: TransformKV | LadderKV) -> dict[str, float]:
+        if isinstance(kv, LadderKV):
+            return keeping.notes(kv)
         outside = torch.stack([kv.outside & 1, kv.outside >> 1]).float()
         return {"of pages outside what was calibrated": outside.mean().item()}
 
     def _encode(self, x: Tensor, layer: LayerCalibration, side: str) -> tuple[Coded, Tensor]:
         """Codes of ``x`` [B, H, T, D], and which pages [B, H, N] are coded plainly."""
-        if not x.isfinite().all():
-            raise ModelError(
-                f"layer {layer.index}: {side}s: expected finite numbers, found NaN or infinity; "
-                "the model's cache has overflowed: load the model in bfloat16 or float32"
-            )
-        coded = chain.encode(x, code_of(layer, side))
-        outside = coded.clipped.unflatten(-1, (-1, PAGE)).float().mean(-1) > self.guard
-        if outside.any():
-            plain = chain.encode(x, plain_code(layer, side))
-            tokens = outside.repeat_interleave(PAGE, -1)
-            coded = Coded(
-                torch.where(tokens[..., None], plain.codes, coded.codes),
-                torch.where(tokens[..., None, :], plain.gains, coded.gains),
-                coded.clipped,
-            )
-        return coded, outside
+        check_finite(x, layer, side)
+        return chain.encode_guarded(x, code_of(layer, side), partial(plain_code, layer, side), self.guard)
 
     # what the artifact holds
 
     def layer_schema(self, shape: LayerShape) -> dict[str, TensorSpec]:
+        if self.evicts:
+            return keeping.schema(shape)
         H, D = shape.num_kv_heads, shape.head_dim
         S, C = waterfill.max_stages(D), max(D, GROUP)
         schema = {"key_mean": centring.spec(shape)}
@@ -145,6 +176,10 @@ class Transform(Method):
         return schema
 
     def fit(self, capture: "Capture", *, progress: Progress | None = None) -> dict[str, Tensor]:
+        if self.evicts:
+            from kvtool.transform import sparse
+
+            return sparse.fit(self, capture, progress)
         layers = capture.layers
         done, steps = 0, 2 * len(layers)
 
@@ -158,7 +193,7 @@ class Transform(Method):
         for i in layers:
             samples = partial(capture.samples, i)
             statistics[i] = fitting.statistics(samples)
-            plain[i] = self._plain(capture.shape.layers[i], i)
+            plain[i] = self.plain(capture.shape.layers[i], i)
             options[i] = [
                 waterfill.candidates(side, statistics[i], samples, plain[i][side], self.bits, self.widest)
                 for side in SIDES
@@ -192,9 +227,23 @@ class Transform(Method):
                 chosen[i] = [next(picked) for _ in SIDES]
         return chosen
 
-    def _plain(self, shape: LayerShape, layer: int) -> dict[str, Tensor]:
+    def plain(self, shape: LayerShape, layer: int) -> dict[str, Tensor]:
+        """The random rotations of a layer, for pages outside its statistics."""
         generator = torch.Generator().manual_seed(self.seed * 10_007 + layer)
         return {side: rotation.draw("hadamard", shape.num_kv_heads, shape.head_dim, generator) for side in SIDES}
+
+
+def check_finite(x: Tensor, layer: LayerCalibration, side: str) -> None:
+    """Refuse what no code can hold.
+
+    Raises:
+        ModelError: NaN or infinity.
+    """
+    if not x.isfinite().all():
+        raise ModelError(
+            f"layer {layer.index}: {side}s: expected finite numbers, found NaN or infinity; "
+            "the model's cache has overflowed: load the model in bfloat16 or float32"
+        )
 
 
 def widths(layer: LayerCalibration, side: str) -> tuple[int, ...]:
@@ -231,53 +280,18 @@ def maps(layer: LayerCalibration, side: str) -> Tensor:
 def _decode(codes: Tensor, gains: Tensor, outside: Tensor, layer: LayerCalibration, side: str) -> Tensor:
     code = code_of(layer, side)
     coded = Coded(codes, packing.unpack_nibbles(gains, len(code.widths)), codes.new_empty(0))
-    x = chain.features(coded, code) @ maps(layer, side)
-    if outside.any():
-        other = plain_code(layer, side)
-        tokens = outside.bool().repeat_interleave(PAGE, -1)[..., None]
-        x = torch.where(tokens, chain.features(coded, other) @ chain.decoder(other), x)
-    return x
+    return chain.decode_guarded(coded, code, maps(layer, side), partial(plain_code, layer, side), outside)
 
 
 def _fit_side(
     side: str, candidate: waterfill.Candidate, statistics: Statistics, plain: Tensor, samples: Samples
 ) -> dict[str, Tensor]:
     """The tensors of one side of one layer."""
-    H, _, D = statistics.keys.shape
-    S = waterfill.max_stages(D)
     first = next(iter(samples()))
-    examples = _vectors(side, first, statistics)[:, first.positions >= centring.SINKS][
+    examples = fitting.vectors(side, first, statistics)[:, first.positions >= centring.SINKS][
         :, :: max(1, first.keys.shape[1] // 4096)
     ]
     code = waterfill.build(side, candidate, statistics, plain, examples)
-    decoder = chain.decoder(code)
-    if side == "value":
-        moments = fitting.Moments(code, statistics.outputs)
-        for sample in samples():
-            seen = fitting.attention_of(sample, 128)
-            if seen is not None:
-                values = sample.values.float()
-                moments.add(moments.features(values, seen.weights), seen.weights @ values)
-        decoder = moments.solve()
-    plain_turn, plain_variance = fitting.plain_basis(plain)
-    ordinary = fitting.make_code(plain_turn, plain_variance, candidate.widths, examples)
-    missing = S - len(code.widths)
-
-    def padded(x: Tensor, rows: int = 1) -> Tensor:
-        return torch.cat([x, x.new_zeros(H, missing * rows, *x.shape[2:])], 1)
-
-    return {
-        "widths": torch.tensor([*code.widths, *[0] * missing], dtype=torch.int8),
-        "basis": code.basis.contiguous(),
-        "order": padded(code.order).to(torch.int16),
-        "deviation": padded(code.deviation),
-        "gain_base": padded(code.gain_base),
-        "decoder": padded(decoder, GROUP).half(),
-        "plain": plain,
-        # three octaves higher than anything seen: what is outside is usually too large
-        "plain_base": padded(ordinary.gain_base) + 3,
-    }
-
-
-def _vectors(side: str, sample: "LayerSample", statistics: Statistics) -> Tensor:
-    return fitting.centred(sample, statistics.mean) if side == "key" else sample.values.float()
+    decoder = fitting.value_decoder(code, statistics, samples) if side == "value" else chain.decoder(code)
+    fields = fitting.tensors_of(code, decoder, plain, examples, stages=waterfill.max_stages(plain.shape[-1]))
+    return fields | {"basis": code.basis.contiguous(), "plain": plain}

@@ -190,12 +190,12 @@ def ladder(curves: Curves, head_dim: int) -> tuple[Tensor, Tensor]:
     distortion = torch.zeros(H, LEVELS)
     for h in range(H):
         found = _hull_points(curves, h, head_dim)
-        for level, (point, value) in enumerate(_thin(found, LEVELS)):
+        for level, (point, value) in enumerate(thin(found, LEVELS)):
             widths[h, level], distortion[h, level] = torch.tensor(point, dtype=torch.uint8), value
     return widths, distortion
 
 
-Point = tuple[tuple[int, ...], float]  # widths of key groups and values, distortion
+Point = tuple[tuple[float, ...], float]  # widths of key groups and values, distortion
 
 
 def _hull_points(curves: Curves, h: int, head_dim: int) -> list[Point]:
@@ -231,7 +231,7 @@ def _key_path(grouped: Tensor) -> list[tuple[tuple[int, ...], float]]:
     return [(key, error) for key, error in path if any(key)]
 
 
-def _thin(points: list[Point], count: int) -> list[Point]:
+def thin(points: list[Point], count: int) -> list[Point]:
     """At most ``count`` points; the ends stay, and the points least missed go. Short lists repeat the last point."""
     kept = list(points)
     while len(kept) > count:

@@ -15,7 +15,7 @@ although a packed page only knows groups of 32 channels of one width. Decoding i
 so that kernels see ``32 S`` channels and one linear map, which goes into the query or the output projection.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from kvtool import codebooks, rotation
-from kvtool.packing import GROUP
+from kvtool.packing import GROUP, PAGE
 
 GAIN_CODES = 16  # 4 bits
 GAIN_STEP = 0.5  # octaves
@@ -94,6 +94,34 @@ def encode_coefficients(z: Tensor, code: Code) -> Coded:
         empty = z.new_empty((*z.shape[:-1], 0), dtype=torch.uint8)
         return Coded(empty, empty.movedim(-1, -2), clipped)
     return Coded(torch.cat(codes, -1), torch.stack(gains, -2), clipped)
+
+
+def encode_guarded(x: Tensor, code: Code, plain: Callable[[], Code], share: float) -> tuple[Coded, Tensor]:
+    """Codes of ``x`` [..., H, T, D], T in pages of 64, and which pages [..., H, N] are coded plainly.
+
+    plain: the code of the same widths for pages of which more than ``share`` is beyond the calibrated range.
+    """
+    coded = encode(x, code)
+    outside = coded.clipped.unflatten(-1, (-1, PAGE)).float().mean(-1) > share
+    if outside.any():
+        other = encode(x, plain())
+        tokens = outside.repeat_interleave(PAGE, -1)
+        coded = Coded(
+            torch.where(tokens[..., None], other.codes, coded.codes),
+            torch.where(tokens[..., None, :], other.gains, coded.gains),
+            coded.clipped,
+        )
+    return coded, outside
+
+
+def decode_guarded(coded: Coded, code: Code, maps: Tensor, plain: Callable[[], Code], outside: Tensor) -> Tensor:
+    """The vectors [..., H, T, D]: ``features @ maps`` [H, 32 S, D], pages ``outside`` [..., H, N] plainly."""
+    x = features(coded, code) @ maps
+    if outside.any():
+        other = plain()
+        tokens = outside.bool().repeat_interleave(PAGE, -1)[..., None]
+        x = torch.where(tokens, features(coded, other) @ decoder(other), x)
+    return x
 
 
 def features(coded: Coded, code: Code) -> Tensor:

@@ -106,6 +106,11 @@ def output_metric(sample: "LayerSample") -> Tensor:
     return sample.output_gram.float().unflatten(0, (H, -1)).mean(1)
 
 
+def vectors(side: str, sample: "LayerSample", statistics: Statistics) -> Tensor:
+    """What the codes of a side are made for, [H, T, D]."""
+    return centred(sample, statistics.mean) if side == "key" else sample.values.float()
+
+
 def sharpened(metric: Tensor) -> Tensor:
     """A metric in which no direction is free."""
     D = metric.shape[-1]
@@ -228,3 +233,33 @@ class Moments:
             self.gram + RIDGE * level[:, None, None] * eye, self.cross - self.gram @ start
         )
         return (fitted * self.units[:, None]).float()
+
+
+def value_decoder(code: Code, statistics: Statistics, samples: Samples) -> Tensor:
+    """The decoder of a value code that is regressed on attention outputs, float32 [H, 32 S, D]."""
+    moments = Moments(code, statistics.outputs)
+    for sample in samples():
+        seen = attention_of(sample, 128)
+        if seen is not None:
+            values = sample.values.float()
+            moments.add(moments.features(values, seen.weights), seen.weights @ values)
+    return moments.solve()
+
+
+def tensors_of(code: Code, decoder: Tensor, signs: Tensor, examples: Tensor, *, stages: int) -> dict[str, Tensor]:
+    """A code as an artifact stores it, with room for ``stages``; ``signs`` is the rotation outside the statistics."""
+    missing = stages - len(code.widths)
+
+    def padded(x: Tensor, rows: int = 1) -> Tensor:
+        return torch.cat([x, x.new_zeros(len(x), missing * rows, *x.shape[2:])], 1)
+
+    ordinary = make_code(*plain_basis(signs), code.widths, examples)
+    return {
+        "widths": torch.tensor([*code.widths, *[0] * missing], dtype=torch.int8),
+        "order": padded(code.order).to(torch.int16),
+        "deviation": padded(code.deviation),
+        "gain_base": padded(code.gain_base),
+        "decoder": padded(decoder, GROUP).half(),
+        # three octaves higher than anything seen: what is outside is usually too large
+        "plain_base": padded(ordinary.gain_base) + 3,
+    }

@@ -273,4 +273,4 @@ def test_a_budget_that_buys_nothing_is_refused():
     with pytest.raises(ValueError, match="the cheapest options cost 36"):
         waterfill.share(options, 20)
     with pytest.raises(MethodOptionError, match="bits"):
-        make_method("transform", {"bits": 0.1})
+        make_method("transform", {"bits": 0.05})
