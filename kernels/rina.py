@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvtool import packing, rotation
 from kvtool.attention import Attended
-from kvtool.kernels import decode_rina
+from kvtool.kernels import decode_rina, transform
 from kvtool.kernels.launch import (
     Launch,
     check_pages,
@@ -29,6 +29,7 @@ from kvtool.kernels.packed import LOG2E, bias_rows
 from kvtool.kernels.query import prepare_levels
 from kvtool.methods.base import LayerCalibration
 from kvtool.methods.rina import RINA, RINAKV
+from kvtool.methods.transform import TransformKV
 from kvtool.rina.code import HALF_UNIT
 
 
@@ -54,7 +55,9 @@ def refuses(method: RINA, *, gluon: bool = False) -> str | None:
     """Why these options have no kernel; None if they have one."""
     if method.variant == "published":
         return "rina as published has levels of tiles, and the kernels read levels of tokens"
-    if method.extra or method.target_bits is not None:
+    if method.target_bits is not None:
+        return transform.refuses(method.placed, gluon=gluon)
+    if method.extra:
         # right in Triton's interpreter, and on the card for one step of pages, but not for many
         return "rina with extra stages of some keys was wrong on an H100"
     return "rina has levels per sub-space, which only the triton back end reads" if gluon else None
@@ -63,7 +66,7 @@ def refuses(method: RINA, *, gluon: bool = False) -> str | None:
 def attend(
     method: RINA,
     queries: Tensor,
-    kv: RINAKV,
+    kv: RINAKV | TransformKV,
     layer: LayerCalibration,
     *,
     positions: Tensor,
@@ -74,10 +77,14 @@ def attend(
     launch: Launch | None = None,
 ) -> Attended:
     """As ``RINA.attend``; ``pages`` [B] are in use, ``launch`` cuts it up otherwise."""
+    if isinstance(kv, TransformKV):
+        return transform.attend(
+            method.placed, queries, kv, layer, positions=positions, scale=scale, softcap=softcap, pages=pages
+        )
     B, HQ, S, D = queries.shape
     H, N = kv.key_pages.shape[1:3]
     check(queries, kv)
-    device, method = queries.device, method.at(D)
+    device = queries.device
     launch = launch or default_launch(device, gluon=False)
     levels = levels_of(method, layer)
     groups, used = packing.groups(D), HQ // H * S

@@ -17,7 +17,7 @@ does most damage have one more stage.
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple, Self
 
 import torch
@@ -29,15 +29,16 @@ from kvtool import attention, centring, packing, rotation
 from kvtool.attention import Attended
 from kvtool.centring import Centre
 from kvtool.errors import CaptureError, ModelError
-from kvtool.methods.base import FITTED_MARGIN, Carry, Claim, Decompressed, LayerCalibration, Method
+from kvtool.methods.base import FITTED_MARGIN, Carry, Claim, Decompressed, LayerCalibration, Method, Progress
+from kvtool.methods.transform import TransformKV
 from kvtool.rina import code, tiles
 from kvtool.rina.fit import fit_beta, fit_kappa, fit_output
-from kvtool.rina.plan import Plan, choose
+from kvtool.rina.placed import Placed
 from kvtool.rina.tiles import TilesKV
 from kvtool.shapes import CacheShape, LayerShape, Rope, TensorSpec
 
 if TYPE_CHECKING:
-    from kvtool.capture import LayerSample
+    from kvtool.capture import Capture, LayerSample
 
 
 class RINAKV(NamedTuple):
@@ -61,12 +62,17 @@ class RINAKV(NamedTuple):
     extra_halves: Tensor
 
 
+AnyKV = RINAKV | TilesKV | TransformKV
+
+
 def _subspace(channels: int) -> int:
     if channels not in (16, 32, 64):
         raise ValueError("expected 16, 32 or 64")
     return channels
 
 
+# what speaks of stages in a random rotation
+_ROTATED = ("k_stages", "v_stages", "subspace", "extra", "feedback", "correction", "mean")
 Subspace = Annotated[int, AfterValidator(_subspace)]
 
 
@@ -88,7 +94,7 @@ class RINA(Method):
     mean: Centre = Field("rotated", description="mean removed from keys")
     seed: int = Field(0, ge=0, description="of the rotations")
     target_bits: float | None = Field(
-        None, gt=0, le=16, description="choose stages, subspace and extra: the best of at most so many bits per value"
+        None, ge=0.5, le=4, description="place stages in layers, sides and sub-spaces: at most so many bits on average"
     )
     variant: Literal["kvtool", "published"] = Field("kvtool", description="or the published tile pursuit, to compare")
 
@@ -97,20 +103,19 @@ class RINA(Method):
         if self.target_bits is not None:
             if self.variant == "published":
                 raise ValueError("target_bits chooses for variant kvtool; give variant published its stages")
-            given = [name for name in Plan._fields if getattr(self, name) != getattr(type(self), name)]
+            given = [name for name in _ROTATED if getattr(self, name) != getattr(type(self), name)]
             if given:
                 raise ValueError(f"target_bits chooses {', '.join(given)}; give one or the other")
         return self
 
-    def at(self, head_dim: int) -> "RINA":
-        """What ``target_bits`` means for heads of ``head_dim`` channels.
-
-        Raises:
-            MethodOptionError: nothing costs so little.
-        """
-        if self.target_bits is None:
-            return self
-        return replace(self, target_bits=None, **choose(self.target_bits, head_dim)._asdict())
+    @cached_property
+    def placed(self) -> Placed | None:
+        """What ``target_bits`` stands for."""
+        return (
+            None
+            if self.target_bits is None
+            else Placed(bits=self.target_bits, scope="model", guard=0.25, seed=self.seed)
+        )
 
     def data_free(self) -> Self | None:
         return None  # the levels are fitted: there is no version without data
@@ -124,9 +129,11 @@ class RINA(Method):
         positions: Tensor,
         queries: Tensor | None = None,
         carry: Carry = None,
-    ) -> tuple[RINAKV | TilesKV, Carry]:
-        if self.target_bits is not None:
-            return self.at(keys.shape[-1]).compress(keys, values, layer, positions=positions)
+    ) -> tuple[AnyKV, Carry]:
+        if self.placed is not None:
+            kv, _ = self.placed.compress(keys, values, layer, positions=positions)
+            assert isinstance(kv, TransformKV)
+            return kv, None
         if self.variant == "published":
             return tiles.compress(keys, values, layer, self.k_stages, self.v_stages), None
         k = rotation.rotate(keys.float() - self.centre(layer, positions), layer["key_rotation"])
@@ -155,11 +162,12 @@ class RINA(Method):
             *extra,
         ), None
 
-    def decompress(self, kv: RINAKV | TilesKV, layer: LayerCalibration, *, positions: Tensor) -> Decompressed:
+    def decompress(self, kv: AnyKV, layer: LayerCalibration, *, positions: Tensor) -> Decompressed:
         if isinstance(kv, TilesKV):
             return tiles.decompress(kv, layer)
-        if self.target_bits is not None:
-            return self.at(layer.shape.head_dim).decompress(kv, layer, positions=positions)
+        if isinstance(kv, TransformKV):
+            assert self.placed is not None
+            return self.placed.decompress(kv, layer, positions=positions)
         k, _ = self._keys(kv, layer)
         D = layer.shape.head_dim
         bits = _unpack_stages(kv.value_pages, self.v_stages, D, packing.unpack_values)
@@ -172,18 +180,15 @@ class RINA(Method):
     def attend(
         self,
         queries: Tensor,
-        kv: RINAKV | TilesKV,
+        kv: AnyKV,
         layer: LayerCalibration,
         *,
         positions: Tensor,
         scale: float,
         softcap: float | None = None,
     ) -> Attended:
-        if isinstance(kv, TilesKV):
+        if not isinstance(kv, RINAKV):
             return super().attend(queries, kv, layer, positions=positions, scale=scale, softcap=softcap)
-        if self.target_bits is not None:
-            chosen = self.at(layer.shape.head_dim)
-            return chosen.attend(queries, kv, layer, positions=positions, scale=scale, softcap=softcap)
         values = self.decompress(kv, layer, positions=positions).values
         logits = self.logits(queries, kv, layer, positions=positions, scale=scale, softcap=softcap)
         return attention.from_logits(logits, values)
@@ -239,12 +244,16 @@ class RINA(Method):
                 Claim("value_nmse", 1 - 0.9916**2, "expected", "its repository: cosine of values .9916"),
                 Claim("bits_per_value", 1.0, "always", "its name: 1 bit"),
             ]
+        if self.target_bits is not None:
+            return ()
         claims = []
         for i in shape.compressible:
-            stages = self.at(shape.layers[i].head_dim).k_stages
-            noise = float(tensors[f"layers.{i}.key_noise"][..., stages - 1].mean())
+            noise = float(tensors[f"layers.{i}.key_noise"][..., self.k_stages - 1].mean())
             claims.append(Claim("residual_nmse", FITTED_MARGIN * noise, "expected", "calibration", i))
         return claims
+
+    def notes(self, kv: AnyKV) -> dict[str, float]:
+        return self.placed.notes(kv) if self.placed is not None and isinstance(kv, TransformKV) else {}
 
     # one more stage for the keys whose noise does most damage
 
@@ -286,9 +295,9 @@ class RINA(Method):
     def layer_schema(self, shape: LayerShape) -> dict[str, TensorSpec]:
         if self.variant == "published":
             return tiles.layer_schema(shape)
+        if self.placed is not None:
+            return self.placed.layer_schema(shape)
         H, D = shape.num_kv_heads, shape.head_dim
-        if self.target_bits is not None:
-            return self.at(D).layer_schema(shape)
         m = self._spaces(D)
         schema = {
             "key_rotation": rotation.spec("hadamard", H, D),
@@ -307,14 +316,19 @@ class RINA(Method):
             schema["key_mean"] = centring.spec(shape)
         return schema
 
+    def fit(self, capture: "Capture", *, progress: Progress | None = None) -> dict[str, Tensor]:
+        return (
+            super().fit(capture, progress=progress)
+            if self.placed is None
+            else self.placed.fit(capture, progress=progress)
+        )
+
     def fit_layer(
         self, shape: LayerShape, rope: Rope | None, samples: "Iterable[LayerSample]", *, layer: int
     ) -> dict[str, Tensor]:
         if self.variant == "published":
             return tiles.draw(shape, self.seed)
         H, D = shape.num_kv_heads, shape.head_dim
-        if self.target_bits is not None:
-            return self.at(D).fit_layer(shape, rope, samples, layer=layer)
         samples = list(samples)
         generator = torch.Generator().manual_seed(self.seed * 10_007 + layer)
         tensors = {f"{side}_rotation": rotation.draw("hadamard", H, D, generator) for side in ("key", "value")}

@@ -20,13 +20,14 @@ from torch import Tensor
 
 from kvtool import centring, packing, rotation
 from kvtool.methods.base import LayerCalibration
+from kvtool.methods.transform import TransformKV
 from kvtool.rina.tiles import TilesKV
 from kvtool.transform.fit import Attention, attention_of
 from kvtool.transform.waterfill import beginning
 
 if TYPE_CHECKING:
     from kvtool.capture import LayerSample
-    from kvtool.methods.rina import RINA, RINAKV
+    from kvtool.methods.rina import RINA, AnyKV
 
 RIDGE = 1.0  # of the mean power of a channel of f
 _QUERIES = 128  # of each sample
@@ -121,11 +122,11 @@ def fit_output(method: "RINA", layer: LayerCalibration, samples: "Sequence[Layer
     return torch.where((fitted < plain)[:, None, None], halves[0].solve(), turn)
 
 
-def logits(method: "RINA", kv: "RINAKV | TilesKV", layer: LayerCalibration, scene: Scene) -> Tensor:
+def logits(method: "RINA", kv: "AnyKV", layer: LayerCalibration, scene: Scene) -> Tensor:
     """Logits [H, Q, all tokens of the sample] with compressed keys wherever the query would meet them compressed."""
     H, Q, _ = scene.seen.logits.shape
     shape = layer.shape
-    assert not isinstance(kv, TilesKV)
+    assert not isinstance(kv, TilesKV | TransformKV)
     queries = scene.seen.queries.reshape(1, shape.num_heads, -1, shape.head_dim)
     found = method.logits(queries, kv, layer, positions=scene.positions, scale=shape.scale, softcap=shape.softcap)
     whole = scene.seen.logits.clone()
