@@ -9,7 +9,18 @@ from torch import Tensor
 from kvtool import packing
 from kvtool.attention import Attended
 from kvtool.kernels import decode_affine
-from kvtool.kernels.launch import check_pages, check_queries, full, merged, nvidia, processors, refuse, tile_rows
+from kvtool.kernels.launch import (
+    check_counts,
+    check_pages,
+    check_queries,
+    check_stored,
+    full,
+    merged,
+    nvidia,
+    processors,
+    refuse,
+    tile_rows,
+)
 from kvtool.kernels.packed import LOG2E, table
 from kvtool.methods.affine import Affine, AffineKV
 from kvtool.methods.base import LayerCalibration
@@ -37,7 +48,7 @@ def attend(
     """As ``Affine.attend``, over the first ``pages`` [B] of every head."""
     B, HQ, S, D = queries.shape
     H, N = kv.key_pages.shape[1:3]
-    check(queries, kv)
+    check(method, queries, kv, pages)
     device = queries.device
     groups, used = packing.groups(D), HQ // H * S
     rows = tile_rows(used, gluon=False)
@@ -89,21 +100,37 @@ def attend(
     return merged(out, lse, identity(packing.GROUP * groups, D, device), (B, HQ, S, D), dims, False)
 
 
-def check(queries: Tensor, kv: AffineKV) -> None:
+def check(method: Affine, queries: Tensor, kv: AffineKV, pages: Tensor | None = None) -> None:
     """Refuse what the kernel does not serve.
 
     Raises:
         BackendError: in one sentence.
     """
-    check_queries(queries, kv.key_pages.shape[1])
-    for name, pages in (("key_pages", kv.key_pages), ("value_pages", kv.value_pages)):
-        check_pages(name, pages)
-    for name, scales, minima in (
-        ("keys' ranges", kv.key_scales, kv.key_minima),
-        ("values' ranges", kv.value_scales, kv.value_minima),
+    H, D = kv.key_pages.shape[1], queries.shape[-1]
+    check_queries(queries, H)
+    check_counts(kv._asdict(), None, pages, len(queries))
+    for name, stored, bits in (
+        ("key_pages", kv.key_pages, method.k_bits),
+        ("value_pages", kv.value_pages, method.v_bits),
     ):
+        size = packing.page_bytes([bits if bits <= 4 else 8] * packing.groups(D))
+        check_stored(name, stored, queries, H, torch.uint8, size)
+        check_pages(name, stored)
+    for name, scales, minima, axis, group in (
+        ("keys' ranges", kv.key_scales, kv.key_minima, method.k_axis, method.k_group),
+        ("values' ranges", kv.value_scales, kv.value_minima, method.v_axis, method.v_group),
+    ):
+        for stored in (scales, minima):
+            check_stored(name, stored, queries, H, torch.float16, *_ranges(axis, group, D))
         if scales.stride() != minima.stride() or scales.stride(-1) != 1:
             refuse(name, "contiguous rows, minima lying as scales do", f"{scales.stride()} and {minima.stride()}")
+
+
+def _ranges(axis: str, group: int, D: int) -> tuple[int, int]:
+    """What a page has of steps: for ranges of tokens, and channels, or for ranges of channels, and tokens."""
+    if axis == "channel":
+        return packing.PAGE // (group or packing.PAGE), D
+    return -(-D // min(group or D, D)), packing.PAGE
 
 
 def _span(axis: str, group: int, groups: int) -> int:

@@ -9,8 +9,10 @@ from kvtool.kernels import decode_affine, decode_h1b
 from kvtool.kernels.affine import code_tables, identity
 from kvtool.kernels.launch import (
     Launch,
+    check_counts,
     check_pages,
     check_queries,
+    check_stored,
     default_launch,
     full,
     merged,
@@ -50,7 +52,7 @@ def attend(
     """As ``H1B.attend``; ``pages`` [B] are in use, ``launch`` cuts it up otherwise."""
     B, HQ, S, D = queries.shape
     H, N = kv.key_pages.shape[1:3]
-    check(queries, kv)
+    check(method, queries, kv, layer, positions, pages)
     device = queries.device
     launch = launch or default_launch(device, gluon=False)
     cosine = method.score == "cosine"
@@ -137,15 +139,29 @@ def attend(
     return merged(out, lse, identity(32 * value_groups, D, device), (B, HQ, S, D), dims, launch.pdl)
 
 
-def check(queries: Tensor, kv: H1BKV) -> None:
+def check(
+    method: H1B, queries: Tensor, kv: H1BKV, layer: LayerCalibration, positions: Tensor, pages: Tensor | None
+) -> None:
     """Refuse what the kernel does not serve.
 
     Raises:
         BackendError: in one sentence.
     """
-    check_queries(queries, kv.key_pages.shape[1])
-    for name, pages in (("key_pages", kv.key_pages), ("value_pages", kv.value_pages)):
-        check_pages(name, pages)
+    H, D = layer.shape.num_kv_heads, layer.shape.head_dim
+    check_queries(queries, H, D)
+    check_counts(kv._asdict(), positions, pages, len(queries))
+    for name, stored, widths in (
+        ("key_pages", kv.key_pages, [1] * packing.groups(method.sketch_bits * D)),
+        ("value_pages", kv.value_pages, [method.v_bits] * packing.groups(D)),
+    ):
+        check_stored(name, stored, queries, H, torch.uint8, packing.page_bytes(widths))
+        check_pages(name, stored)
+    if method.score == "cosine":
+        check_stored("key_norms", kv.key_norms, queries, H, torch.float16, packing.PAGE)
+        if kv.key_norms.stride(-1) != 1:
+            refuse("key_norms", "contiguous pages", f"strides {kv.key_norms.stride()}")
+    for name, stored in (("value_scales", kv.value_scales), ("value_minima", kv.value_minima)):
+        check_stored(name, stored, queries, H, torch.float16, 1, packing.PAGE)
     if kv.value_scales.stride() != kv.value_minima.stride() or kv.value_scales.stride(-1) != 1:
         found = f"{kv.value_scales.stride()} and {kv.value_minima.stride()}"
         refuse("values' ranges", "contiguous rows, minima lying as scales do", found)

@@ -1,7 +1,7 @@
 """How a decode step is launched, whatever its pages hold: what is refused, how it is cut up, and the last merge."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from kvtool import packing
 from kvtool.attention import Attended
 from kvtool.backends import MAX_STEP
 from kvtool.errors import BackendError
@@ -61,8 +62,8 @@ def refuse(what: str, expected: str, found: object) -> None:
     raise BackendError(f"kernels: {what}: expected {expected}, found {found}; use --backend reference")
 
 
-def check_queries(queries: Tensor, kv_heads: int) -> None:
-    """Refuse ``queries`` [B, HQ, S, D] that no kernel serves.
+def check_queries(queries: Tensor, kv_heads: int, head_dim: int | None = None) -> None:
+    """Refuse ``queries`` [B, HQ, S, D] that no kernel serves, or of another width than the layer's ``head_dim``.
 
     Raises:
         BackendError: in one sentence.
@@ -70,12 +71,42 @@ def check_queries(queries: Tensor, kv_heads: int) -> None:
     _, HQ, S, D = queries.shape
     if D not in HEAD_DIMS:
         refuse("head_dim", f"one of {', '.join(map(str, HEAD_DIMS))}", D)
+    if head_dim not in (None, D):
+        refuse("queries", f"{head_dim} channels, as the artifact's layer has", D)
     if HQ % kv_heads or HQ // kv_heads > MAX_GROUP:
         refuse("query heads", f"1 to {MAX_GROUP} per KV head", f"{HQ} for {kv_heads}")
     if not 1 <= S <= MAX_STEP:
         refuse("query tokens in a step", f"1 to {MAX_STEP}", S)
     if queries.stride(-1) != 1 or not queries.is_floating_point():
         refuse("queries", "floats, contiguous in the last dimension", f"{queries.dtype}, strides {queries.stride()}")
+
+
+def check_stored(name: str, stored: Tensor, queries: Tensor, heads: int, dtype: torch.dtype, *dims: int) -> None:
+    """Refuse ``stored`` unless it is ``dtype`` [B, heads, pages, *dims], of as many sequences as ``queries`` [B, ...].
+
+    Raises:
+        BackendError: in one sentence.
+    """
+    expected = (dtype, (len(queries), heads), dims)
+    if (stored.dtype, tuple(stored.shape[:2]), tuple(stored.shape[3:])) != expected:
+        sizes = ", ".join(map(str, (len(queries), heads, "pages", *dims)))
+        refuse(name, f"{dtype} [{sizes}]", f"{stored.dtype} {list(stored.shape)}")
+
+
+def check_counts(stored: Mapping[str, Tensor], positions: Tensor | None, pages: Tensor | None, batch: int) -> None:
+    """Refuse fields that are not as many pages, ``positions`` that are not their tokens', ``pages`` that are no counts.
+
+    Raises:
+        BackendError: in one sentence.
+    """
+    counts = {name: field.shape[2] for name, field in stored.items()}
+    if len(set(counts.values())) > 1:
+        refuse("pages", "as many in every field", ", ".join(f"{n} in {name}" for name, n in counts.items()))
+    tokens = packing.PAGE * next(iter(counts.values()))
+    if positions is not None and len(positions) != tokens:
+        refuse("positions", f"{tokens}, of all pages", len(positions))
+    if pages is not None and (pages.dtype != torch.int32 or tuple(pages.shape) != (batch,)):
+        refuse("pages in use", f"torch.int32 [{batch}]", f"{pages.dtype} {list(pages.shape)}")
 
 
 def check_pages(name: str, pages: Tensor) -> None:

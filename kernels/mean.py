@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from kvtool import packing
-from kvtool.kernels.launch import nvidia
+from kvtool.kernels.launch import check_queries, nvidia
 from kvtool.shapes import Rope
 
 
@@ -27,6 +27,7 @@ def mean_bias(
     queries: Tensor, mean: Tensor, rope: Rope | None, positions: Tensor, scale: float
 ) -> tuple[Tensor, Tensor | None]:
     """:func:`mean_logits`; without ``rope`` the mean is the same at every position, and the bias float32, unscaled."""
+    check_queries(queries, *mean.shape)
     if rope is not None:
         return mean_logits(queries, mean, rope, positions, scale)
     group = queries.shape[1] // mean.shape[0]

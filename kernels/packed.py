@@ -20,6 +20,7 @@ from kvtool.kernels import decode
 from kvtool.kernels.fragments import OFFSET, TABLE_WORDS
 from kvtool.kernels.launch import (
     Launch,
+    check_counts,
     check_pages,
     check_queries,
     default_launch,
@@ -138,7 +139,7 @@ def attend_packed(
     Raises:
         BackendError: a shape, dtype or device the kernels do not serve.
     """
-    check(queries, kv, codec, page_table)
+    check(queries, kv, codec, page_table, pages, bias)
     device = queries.device
     launch = launch or default_launch(device)
     gains = kv.key_scales.dtype == torch.uint8
@@ -252,15 +253,29 @@ def attend_packed(
     return merged(out, lse, codec.output_map, (B, HQ, S, D), dims, launch.pdl)
 
 
-def check(queries: Tensor, kv: Packed, codec: Codec, page_table: Tensor | None) -> None:
+def check(
+    queries: Tensor,
+    kv: Packed,
+    codec: Codec,
+    page_table: Tensor | None = None,
+    pages: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> None:
     """Refuse what the kernels do not serve.
 
     Raises:
         BackendError: in one sentence.
     """
 
-    D = queries.shape[-1]
+    B, D = len(queries), queries.shape[-1]
     check_queries(queries, kv.key_pages.shape[1])
+    check_counts(kv._asdict(), None, pages, B)
+    where = kv.key_pages if page_table is None else page_table
+    if len(where) != B:
+        refuse("sequences", f"{B}, as of the queries", f"{len(where)} of pages")
+    tokens = packing.PAGE * (kv.key_pages.shape[2] if page_table is None else page_table.shape[-1])
+    if bias is not None and bias.shape[-1] != tokens:
+        refuse("positions, or bias", f"{tokens}, of all pages", bias.shape[-1])
     channels = [packing.GROUP * len(widths) for widths in (codec.key_widths, codec.value_widths)]
     if [*codec.key_map.shape[1:], *codec.value_map.shape[1:]] != [D, channels[0], channels[1], D]:
         refuse(

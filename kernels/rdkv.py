@@ -26,6 +26,7 @@ from kvtool.kernels.launch import (
     merged,
     nvidia,
     processors,
+    refuse,
     remembered,
     square_map,
     tile_rows,
@@ -99,7 +100,7 @@ def attend(
     """As ``RDKV.attend``. The first time a part is seen its levels are read back, which a CUDA graph may not do."""
     B, HQ, S, D = queries.shape
     H, G = layer.shape.num_kv_heads, packing.groups(D)
-    check_queries(queries, H)
+    check(queries, kv, layer, positions)
     launch = default_launch(queries.device, gluon)
     used_rows = HQ // H * S
     ROWS = tile_rows(used_rows, gluon=False)
@@ -181,6 +182,22 @@ def attend(
             **pdl,
         )
     return merged(out, lse, maps.output, (B, HQ, S, D), dims, launch.pdl, (index.slots, index.most))
+
+
+def check(queries: Tensor, kv: Pages, layer: LayerCalibration, positions: Tensor) -> None:
+    """Refuse what the kernels do not serve.
+
+    Raises:
+        BackendError: in one sentence.
+    """
+    H = layer.shape.num_kv_heads
+    check_queries(queries, H, layer.shape.head_dim)
+    expected = [len(queries), H, 3, -(-len(positions) // 8)]
+    if list(kv.levels.shape) != expected:
+        refuse("levels", f"{expected}, of all positions", list(kv.levels.shape))
+    for name, stored in kv._asdict().items():
+        if stored.dtype != torch.uint8 or not stored.is_contiguous() or len(stored) != len(queries):
+            refuse(name, f"contiguous uint8 of {len(queries)} sequences", f"{stored.dtype} {list(stored.shape)}")
 
 
 def resident(kv: Pages) -> int:

@@ -26,7 +26,10 @@ from kvtool.kernels import gather, nucleus, sketch
 from kvtool.kernels.affine import identity
 from kvtool.kernels.launch import (
     Launch,
+    check_counts,
+    check_pages,
     check_queries,
+    check_stored,
     default_launch,
     full,
     merged,
@@ -120,7 +123,7 @@ def attend_sparse(
     Raises:
         BackendError: a shape, dtype or device the kernels do not serve.
     """
-    check(queries, kv, reader)
+    check(queries, kv, reader, pages, bias)
     device = queries.device
     launch = launch or default_launch(device, gluon=False)
     B, HQ, S, D = queries.shape
@@ -221,7 +224,9 @@ def traffic(kv: Sketched, kept: Tensor, seen: Tensor) -> dict[str, int]:
     }
 
 
-def check(queries: Tensor, kv: Sketched, reader: Reader) -> None:
+def check(
+    queries: Tensor, kv: Sketched, reader: Reader, pages: Tensor | None = None, bias: Tensor | None = None
+) -> None:
     """Refuse what the kernels do not serve.
 
     Raises:
@@ -230,17 +235,24 @@ def check(queries: Tensor, kv: Sketched, reader: Reader) -> None:
     H, N = kv.code_pages.shape[1:3]
     B, HQ, _, D = queries.shape
     check_queries(queries, H)
-    size = 8 * reader.key_map.shape[-1]
-    pages = kv.code_pages
-    if pages.dtype != torch.uint8 or pages.shape[-1] != size or pages.stride(-1) != 1 or pages.data_ptr() % 16:
-        refuse("code_pages", f"uint8, {size} bytes a page on 16-byte boundaries", f"{pages.dtype}, {pages.shape[-1]}")
+    check_counts({"code_pages": kv.code_pages, "code_scales": kv.code_scales}, None, pages, B)
+    check_stored("code_pages", kv.code_pages, queries, H, torch.uint8, 8 * reader.key_map.shape[-1])
+    check_pages("code_pages", kv.code_pages)
+    check_stored("code_scales", kv.code_scales, queries, H, torch.float16, packing.PAGE)
+    terms = (B, H, N * packing.PAGE, HQ // H if reader.query_mean is not None else kv.query_terms.shape[-1])
+    if kv.query_terms.dtype != torch.float16 or tuple(kv.query_terms.shape) != terms:
+        found = f"{kv.query_terms.dtype} {list(kv.query_terms.shape)}"
+        refuse("query_terms", f"torch.float16 {list(terms)}", found)
+    for name, stored in (("code_scales", kv.code_scales), ("query_terms", kv.query_terms)):
+        if stored.stride(-1) != 1:
+            refuse(name, "contiguous rows", f"strides {stored.stride()}")
+    if bias is not None and bias.shape[-1] != N * packing.PAGE:
+        refuse("positions, or bias", f"{N * packing.PAGE}, of all pages", bias.shape[-1])
     for name, tensor in (("keys", kv.keys), ("values", kv.values)):
         if tuple(tensor.shape) != (B, H, N * packing.PAGE, D) or tensor.stride(-1) != 1:
             refuse(name, f"contiguous rows, {[B, H, N * packing.PAGE, D]}", f"{list(tensor.shape)}, {tensor.stride()}")
         if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16) or tensor.dtype != kv.keys.dtype:
             refuse(name, "float32, float16 or bfloat16, keys and values alike", tensor.dtype)
-    if reader.query_mean is not None and kv.query_terms.shape[-1] != HQ // H:
-        refuse("query_terms", f"{HQ // H} a token", kv.query_terms.shape[-1])
     devices = {str(x.device) for x in (queries, *kv, reader.key_map)}
     if len(devices) > 1:
         refuse("tensors", "one device", " and ".join(sorted(devices)))

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvtool import attention
+from kvtool import attention, packing
 from kvtool.attention import Attended
 from kvtool.kernels import affine
-from kvtool.kernels.launch import check_queries, default_launch
+from kvtool.kernels.launch import check_queries, default_launch, refuse
 from kvtool.kernels.mean import mean_bias
 from kvtool.kernels.packed import Packed, attend_packed
 from kvtool.kernels.turboquant import codec_of
@@ -58,7 +58,12 @@ def attend_blocks(
     """Attention of ``queries`` [B, HQ, S, D] over all tiers, and the lse of every block, [B, HQ, S, N]."""
     B, HQ, S, D = queries.shape
     H = layer.shape.num_kv_heads
-    check_queries(queries, H)
+    check_queries(queries, H, layer.shape.head_dim)
+    if kv.tier.shape[0] != B or kv.tier.shape[1] * packing.PAGE != H * len(positions):
+        found = f"{kv.tier.shape[0]} sequences of {kv.tier.shape[1] // H} blocks"
+        refuse("cache", f"{B} sequences of {len(positions) // packing.PAGE} blocks", found)
+    if kv.hot and kv.hot[0].shape[-1] != D:
+        refuse("hot blocks", f"{D} channels", kv.hot[0].shape[-1])
     tiers = kv.tier.unflatten(1, (-1, H)).mT.contiguous()  # [B, H, N]
     lse = torch.full((B, HQ, S, tiers.shape[2]), -torch.inf, device=queries.device)
     parts = [Attended(queries.new_zeros(B, HQ, S, D, dtype=torch.float32), lse.new_full((B, HQ, S), -torch.inf))]
