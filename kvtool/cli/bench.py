@@ -1,5 +1,6 @@
 """``kvtool bench``: how fast a decode step is from the compressed cache, against the full one."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from kvtool.cli.output import emit, talk
+from kvtool.errors import InputError
 from kvtool.units import format_bytes, format_tokens, parse_tokens
 
 
@@ -32,12 +34,29 @@ def bench(
     ] = None,
     e2e: Annotated[bool, typer.Option("--e2e", help="A whole model with random weights, not one layer.")] = False,
     prefill: Annotated[str, typer.Option(help="With --e2e, tokens of a real prefill, or 0 for none.")] = "16k",
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw time over bytes with the floor of memory: .png, .svg or .pdf.")
+    ] = None,
+    saved: Annotated[
+        Path | None, typer.Option("--from", help="Measure nothing; show what --json printed into this file.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per record.")] = False,
 ) -> None:
     """Time one layer's decode attention from the compressed cache against the full cache; wrong code is not timed.
 
     Example: `kvtool bench --ladder 4k..128k --batch 1,4`
     """
+    from kvtool.bench.plot import check_plot
+
+    if plot:
+        check_plot(plot)
+    if plot and e2e:
+        raise InputError("--plot: expected steps of one layer, found --e2e; leave out one of them")
+    if saved:
+        records = _saved(saved)
+        _show(records, plot, as_json)
+        _gate(records, fail_if_slower_than)
+        return
     from kvtool.bench import Request, bench
 
     if e2e:
@@ -61,10 +80,32 @@ def bench(
         records.append(record)
         if record["record"] == "step" and "ms" in record:
             talk.print(f"  {format_tokens(record['context'])} x {record['batch']}: {record['ms']:.3g} ms")
-    emit(records, lambda: Group(*_tables(records)), as_json=as_json)
+    _show(records, plot, as_json)
     if chosen.type == "cpu":
         talk.print(_not_run(subject, request, chosen))
     _gate(records, fail_if_slower_than)
+
+
+def _show(records: list[dict[str, Any]], plot: Path | None, as_json: bool) -> None:
+    from kvtool.bench.plot import plot as draw
+
+    emit(records, lambda: Group(*_tables(records)), as_json=as_json)
+    if plot:
+        draw(records, plot)
+        talk.print(f"drawn: {plot}")
+
+
+def _saved(path: Path) -> list[dict[str, Any]]:
+    """The records that ``--json`` printed into ``path``."""
+    try:
+        records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--from {path}: expected the lines of kvtool bench --json, found: {reason}") from error
+    kinds = [record.get("record") if isinstance(record, dict) else None for record in records]
+    if kinds[:1] != ["machine"] or "step" not in kinds:
+        raise InputError(f"--from {path}: expected a machine and steps of one layer, found other lines; bench again")
+    return records
 
 
 def _not_run(subject: Any, request: Any, device: Any) -> str:
@@ -88,7 +129,6 @@ def _subject(model_shape: str | None, bits: int, calibration: Path | None) -> An
     from kvtool import home
     from kvtool.bench import default_subject, subject_of
     from kvtool.calibration import Calibration
-    from kvtool.errors import InputError
 
     if model_shape:
         return default_subject(model_shape, bits)
@@ -107,8 +147,6 @@ def _device(name: str) -> Any:
 
 
 def _ladder(text: str) -> list[int]:
-    from kvtool.errors import InputError
-
     first, dots, last = text.partition("..")
     if not dots:
         raise InputError(f"--ladder {text}: expected two lengths such as 4k..128k")
@@ -122,8 +160,6 @@ def _ladder(text: str) -> list[int]:
 
 
 def _batch(text: str) -> int:
-    from kvtool.errors import InputError
-
     if not text.strip().isdigit() or int(text) < 1:
         raise InputError(f"--batch {text}: expected positive numbers such as 1,4,8")
     return int(text)
@@ -131,7 +167,6 @@ def _batch(text: str) -> int:
 
 def _baselines(text: str) -> list[str]:
     from kvtool.bench.run import BASELINES
-    from kvtool.errors import InputError
 
     names = [name.strip() for name in text.split(",")]
     unknown = [name for name in names if name not in BASELINES]
