@@ -5,24 +5,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from kvtool import packing
 from kvtool.backends import Backend, choose_backend
+from kvtool.bench.baselines import COMPRESSED, time_full
 from kvtool.bench.machine import CARDS, machine
 from kvtool.bench.numerics import attend, check_numerics, judge, reads
 from kvtool.bench.subject import Subject
 from kvtool.bench.timing import Timing, bandwidth, copies_needed, time_step
 from kvtool.methods.base import mapped
 
-BASELINES = ("flash", "cudnn", "efficient", "math")
 CPU_BYTES = 16 << 20  # of the full cache, what a CPU is asked to read in one step
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure. ``contexts`` in tokens; ``baselines`` from BASELINES."""
+    """What to measure. ``contexts`` in tokens; ``baselines`` from baselines.BASELINES."""
 
     contexts: Sequence[int]
     batches: Sequence[int] = (1,)
@@ -98,9 +96,9 @@ def _step(
         return record | {"not_run": f"shorter than one page of {packing.PAGE} tokens"}
     with torch.inference_mode():
         ours, part = _time_compressed(subject, backend, tokens, batch, size, device)
-        theirs = {name: _time_full(subject, context, batch, name, device) for name in _baselines(baselines, device)}
-    times = {name: timing.ms for name, timing in theirs.items() if timing}
-    best = min(times.values(), default=None)
+        theirs = {name: time_full(subject, [context] * batch, name, device) for name in _baselines(baselines, device)}
+    times = {name: found.ms for name, found in theirs.items() if isinstance(found, Timing)}
+    best = min((ms for name, ms in times.items() if name not in COMPRESSED), default=None)
     size = part.get("bytes", size)
     return record | {
         **part,
@@ -108,7 +106,8 @@ def _step(
         "spread_ms": ours.spread,
         "bytes_per_s": size / ours.ms * 1e3,
         "of_read_bandwidth": size / ours.ms * 1e3 / read,
-        "baselines_ms": {name: timing and timing.ms for name, timing in theirs.items()},
+        "baselines_ms": {name: times.get(name) for name in theirs},
+        "baselines_not_run": {name: reason for name, reason in theirs.items() if isinstance(reason, str)},
         "speedup": best and best / ours.ms,
     }
 
@@ -150,36 +149,8 @@ def _part(subject: Subject, backend: Backend, kv: Any, batch: int, device: torch
 
 
 def _baselines(wanted: Sequence[str], device: torch.device) -> Sequence[str]:
-    return wanted if device.type == "cuda" else ("math",)
-
-
-def _time_full(subject: Subject, context: int, batch: int, name: str, device: torch.device) -> Timing | None:
-    """torch's attention over the full bfloat16 cache; None where this back end refuses the shape."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    which = {
-        "flash": SDPBackend.FLASH_ATTENTION,
-        "cudnn": SDPBackend.CUDNN_ATTENTION,
-        "efficient": SDPBackend.EFFICIENT_ATTENTION,
-        "math": SDPBackend.MATH,
-    }[name]
-    shape = subject.shape
-    copies = copies_needed(subject.full_bytes_per_token * context * batch, device)
-    dims = (batch, shape.num_kv_heads, context, shape.head_dim)
-    caches = [[torch.randn(dims, dtype=torch.bfloat16, device=device) for _ in range(2)] for _ in range(copies)]
-    queries = subject.queries(batch, device)
-
-    def step(i: int) -> Tensor:
-        with sdpa_kernel(which):
-            keys, values = caches[i]
-            return F.scaled_dot_product_attention(queries, keys, values, scale=shape.scale, enable_gqa=True)
-
-    try:
-        return time_step(step, copies, device)
-    except RuntimeError as error:
-        if "No available kernel" in str(error) or "execution plan" in str(error):
-            return None
-        raise
+    """A CPU has torch's plain attention, whatever was asked for; the others then say that they did not run."""
+    return wanted if device.type == "cuda" or "math" in wanted else ("math", *wanted)
 
 
 def _predictions(subject: Subject, request: Request) -> Iterator[dict[str, Any]]:

@@ -12,6 +12,8 @@ from kvtool.cli.output import emit, talk
 from kvtool.errors import InputError
 from kvtool.units import format_bytes, format_tokens, parse_tokens
 
+_BASELINE = {"fp8": "fp8 cache"}
+
 
 def bench(
     context: Annotated[str, typer.Option(help="Tokens in the cache, or several: 4k,128k.")] = "128k",
@@ -24,7 +26,7 @@ def bench(
     calibration: Annotated[
         Path | None, typer.Option(help="An artifact. Default: the newest, else llama-3.1-8b.")
     ] = None,
-    baseline: Annotated[str, typer.Option(help="Full-cache attention to compare with: flash, cudnn, efficient.")] = (
+    baseline: Annotated[str, typer.Option(help="Compare with flash, cudnn, efficient, math, flashinfer, fp8.")] = (
         "flash,cudnn"
     ),
     backend: Annotated[str, typer.Option(help="auto, reference, triton or gluon.")] = "auto",
@@ -90,6 +92,9 @@ def _show(records: list[dict[str, Any]], plot: Path | None, as_json: bool) -> No
     from kvtool.bench.plot import plot as draw
 
     emit(records, lambda: Group(*_tables(records)), as_json=as_json)
+    reasons = {f"{name} {reason}" for record in records for name, reason in record.get("baselines_not_run", {}).items()}
+    for reason in sorted(reasons):
+        talk.print(f"not run: {reason}")
     if plot:
         draw(records, plot)
         talk.print(f"drawn: {plot}")
@@ -166,7 +171,7 @@ def _batch(text: str) -> int:
 
 
 def _baselines(text: str) -> list[str]:
-    from kvtool.bench.run import BASELINES
+    from kvtool.bench.baselines import BASELINES
 
     names = [name.strip() for name in text.split(",")]
     unknown = [name for name in names if name not in BASELINES]
@@ -206,14 +211,15 @@ def _tables(records: list[dict[str, Any]]) -> list[RenderableType]:
 def _steps(steps: list[dict[str, Any]]) -> Table:
     table = Table(title="one layer, one decode step")
     names = list(next((step["baselines_ms"] for step in steps if "baselines_ms" in step), {}))
-    for column in ("context", "batch", "bytes", "ms", "+-", "of read", *(f"full, {name}" for name in names), "speedup"):
+    full = [_BASELINE.get(name, f"full, {name}") for name in names]
+    for column in ("context", "batch", "bytes", "ms", "+-", "of read", *full, "speedup"):
         table.add_column(column, justify="right")
     for step in steps:
         row = [format_tokens(step["context"]), str(step["batch"]), format_bytes(step["bytes"])]
         if "ms" not in step:
             table.add_row(*row, "not run: " + step["not_run"])
             continue
-        baselines = [f"{ms:.4g}" if ms else "refused" for ms in step["baselines_ms"].values()]
+        baselines = [f"{ms:.4g}" if ms else "not run" for ms in step["baselines_ms"].values()]
         speedup = f"{step['speedup']:.2f}" if step["speedup"] else "-"
         share = f"{step['of_read_bandwidth']:.0%}"
         table.add_row(*row, f"{step['ms']:.4g}", f"{step['spread_ms']:.2g}", share, *baselines, speedup)
