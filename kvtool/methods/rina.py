@@ -9,10 +9,11 @@ docs/methods/rina.md says what was claimed and what was measured. What is kept h
     r      <- r - (b_j ? hi_j : lo_j)           hi, lo = mid_j * n +- half_j; half_j coded per token, mid_j fitted
 
     values:  u_t = v_t + beta e_{t-1},  e_t = clip(u_t - u'_t)      feedback within a page of 64 tokens
+    output:  sum_t p_t u'_t A                   A instead of the inverse rotation, fitted to exact outputs (rina/fit.py)
     logits:  l_t + kappa/2 * scale^2 * sum_s ||q_s||^2 noise_{s,t}   the bias of exp under the noise of token t
 
-``n`` is the token's norm over sqrt(D), a float of 8 bits. Of every page, the ``extra`` keys whose noise
-does most damage have one more stage.
+``n`` is the token's norm over sqrt(D), a float of 8 bits. Of every page, the ``extra`` keys whose noise does most harm
+have one more stage. With ``target_bits``, stages go where their noise does most damage instead (rina/placed.py).
 """
 
 import math

@@ -1,5 +1,5 @@
 """What rina is made of; methods/rina.py is the method itself.
 
-``code`` is the codec of recursive one-bit stages; ``fit`` finds feedback and correction; ``plan`` turns a target in
-bits into stages; ``tiles`` is the pursuit as published.
+``code`` is the codec of recursive one-bit stages; ``fit`` finds feedback, correction and the map of values; ``placed``
+puts stages where their noise does most damage; ``tiles`` is the pursuit as published.
 """
