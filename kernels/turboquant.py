@@ -36,8 +36,12 @@ def attend(
     softcap: float | None = None,
     gluon: bool | None = None,
     pages: Tensor | None = None,
+    page_table: Tensor | None = None,
 ) -> Attended:
-    """As ``TurboQuant.attend``; ``gluon`` chooses one of the two kernels, ``pages`` [B] are in use."""
+    """As ``TurboQuant.attend``; ``gluon`` chooses one of the two kernels, ``pages`` [B] are in use.
+
+    page_table: int32 [B, N], where they are in fields [1, H, ...].
+    """
     codec = codec_of(method, layer)
     bias = unit = None
     if method.mean != "none":
@@ -47,7 +51,16 @@ def attend(
     packed = Packed(kv.key_pages, kv.key_scales, kv.value_pages, kv.value_scales)
     launch = default_launch(queries.device, gluon)
     return attend_packed(
-        queries, packed, codec, scale=scale, softcap=softcap, pages=pages, bias=bias, bias_unit=unit, launch=launch
+        queries,
+        packed,
+        codec,
+        scale=scale,
+        softcap=softcap,
+        pages=pages,
+        page_table=page_table,
+        bias=bias,
+        bias_unit=unit,
+        launch=launch,
     )
 
 

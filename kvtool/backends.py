@@ -12,7 +12,7 @@ from torch import Tensor
 from kvtool import attention
 from kvtool.attention import Attended
 from kvtool.errors import BackendError
-from kvtool.methods.base import Carry, LayerCalibration, Method
+from kvtool.methods.base import Carry, LayerCalibration, Method, mapped
 from kvtool.packing import PAGE
 
 BACKENDS = ("auto", "reference", "triton", "gluon")
@@ -42,7 +42,8 @@ class Kernel(Protocol):
     ) -> Attended:
         """Attention of ``queries`` [B, HQ, S, D] over one compressed part; ``gluon`` asks for the faster dialect.
 
-        With a parameter ``pages``, int32 [B] on the device, the kernel reads so many pages of a part with room to grow.
+        With a parameter ``pages``, int32 [B] on the device, the kernel reads so many pages of a part with room to grow;
+        with ``page_table``, int32 [B, N] on the device, page n of sequence b at [0, h, page_table[b, n]].
         Its module may say ``FIRST_IS_WHOLE``: given ``pages``, its first launch is not a dependent one, so that the
         queries are complete when anything begins.
         """
@@ -66,16 +67,20 @@ class Backend:
         scale: float,
         softcap: float | None = None,
         pages: Tensor | None = None,
+        page_table: Tensor | None = None,
     ) -> Attended:
         """Attention of ``queries`` [B, HQ, S, D] over one compressed part.
 
         pages: int32 [B] on the device, what is in use of a part with room to grow; see :meth:`counts_pages`.
+        page_table: int32 [B, N] on the device, where the pages are in fields [1, H, ...]; see :meth:`reads_tables`.
         """
         if self.kernel is None or queries.shape[2] > MAX_STEP:
+            if page_table is not None:
+                kv = mapped(kv, lambda x: x[0][:, page_table].transpose(0, 1))
             if pages is not None:
                 return _attend_used(method, queries, kv, layer, positions, scale, softcap, pages)
             return method.attend(queries, kv, layer, positions=positions, scale=scale, softcap=softcap)
-        counted = {} if pages is None else {"pages": pages}
+        counted = {name: x for name, x in (("pages", pages), ("page_table", page_table)) if x is not None}
         return self.kernel.attend(
             method,
             queries,
@@ -93,6 +98,12 @@ class Backend:
         if self.kernel is None:
             return type(method).attend is Method.attend
         return "pages" in signature(self.kernel.attend).parameters
+
+    def reads_tables(self, method: Method) -> bool:
+        """Whether :meth:`attend` can find pages through a table on the device."""
+        if self.kernel is None:
+            return method.block is not None and not method.moves and type(method).attend is Method.attend
+        return "page_table" in signature(self.kernel.attend).parameters
 
     def attend_blocks(
         self,

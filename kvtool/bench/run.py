@@ -9,6 +9,7 @@ import torch
 from kvtool import packing
 from kvtool.backends import Backend, choose_backend
 from kvtool.bench.baselines import COMPRESSED, time_full
+from kvtool.bench.layout import check_layout, lay_out, page_counts
 from kvtool.bench.machine import CARDS, machine
 from kvtool.bench.numerics import attend, check_numerics, judge, reads
 from kvtool.bench.subject import Subject
@@ -20,12 +21,17 @@ CPU_BYTES = 16 << 20  # of the full cache, what a CPU is asked to read in one st
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure. ``contexts`` in tokens; ``baselines`` from baselines.BASELINES."""
+    """What to measure. ``contexts`` in tokens; ``baselines`` from baselines.BASELINES; ``layout`` from layout.LAYOUTS.
+
+    ragged: the sequences of a batch have from all of the context down to half of it.
+    """
 
     contexts: Sequence[int]
     batches: Sequence[int] = (1,)
     baselines: Sequence[str] = ("flash", "cudnn")
     backend: str = "auto"
+    layout: str = "whole"
+    ragged: bool = False
 
 
 def bench(subject: Subject, request: Request, device: torch.device) -> Iterator[dict[str, Any]]:
@@ -36,6 +42,7 @@ def bench(subject: Subject, request: Request, device: torch.device) -> Iterator[
     """
     subject = subject.to(device)
     backend = choose_backend(request.backend, subject.method, device)
+    check_layout(request.layout, request.ragged, backend, subject)
     measured = bandwidth(device)
     yield {
         "record": "machine",
@@ -47,11 +54,11 @@ def bench(subject: Subject, request: Request, device: torch.device) -> Iterator[
         "bytes_per_token": subject.bytes_per_token,
         "full_bytes_per_token": subject.full_bytes_per_token,
     }
-    error = check_numerics(subject, backend, device)
+    error = check_numerics(subject, backend, device, layout=request.layout, ragged=request.ragged)
     speedups: dict[int, dict[int, float | None]] = {batch: {} for batch in request.batches}
     for batch in request.batches:
         for context in held(subject, request.contexts, batch, device):
-            record = _step(subject, backend, context, batch, request.baselines, device, measured["read"])
+            record = _step(subject, backend, context, batch, request, device, measured["read"])
             yield record | {"relative_error": error, "judged_by": judge(subject.method)}
             if "ms" in record:
                 speedups[batch][context] = record["speedup"]
@@ -84,19 +91,28 @@ def _step(
     backend: Backend,
     context: int,
     batch: int,
-    baselines: Sequence[str],
+    request: Request,
     device: torch.device,
     read: float,
 ) -> dict[str, Any]:
-    tokens = context // packing.PAGE * packing.PAGE  # the tokens of the last page are in the exact window
-    size = int(subject.bytes_per_token * tokens * batch)
-    full = subject.full_bytes_per_token * context * batch
-    record = {"record": "step", "context": context, "tokens": tokens, "batch": batch, "bytes": size, "full_bytes": full}
-    if tokens == 0:
+    # the tokens of the last page are in the exact window
+    counts, lengths = _lengths(context, batch, request.ragged)
+    size = int(subject.bytes_per_token * packing.PAGE * sum(counts))
+    record = {
+        "record": "step",
+        "context": context,
+        "tokens": packing.PAGE * counts[0],
+        "batch": batch,
+        "lengths": lengths,
+        "layout": request.layout,
+        "bytes": size,
+        "full_bytes": subject.full_bytes_per_token * sum(lengths),
+    }
+    if counts[0] == 0:
         return record | {"not_run": f"shorter than one page of {packing.PAGE} tokens"}
     with torch.inference_mode():
-        ours, part = _time_compressed(subject, backend, tokens, batch, size, device)
-        theirs = {name: time_full(subject, [context] * batch, name, device) for name in _baselines(baselines, device)}
+        ours, part = _time_compressed(subject, backend, counts, request.layout, size, device)
+        theirs = {n: time_full(subject, lengths, n, device) for n in _baselines(request.baselines, device)}
     times = {name: found.ms for name, found in theirs.items() if isinstance(found, Timing)}
     best = min((ms for name, ms in times.items() if name not in COMPRESSED), default=None)
     size = part.get("bytes", size)
@@ -113,18 +129,19 @@ def _step(
 
 
 def _time_compressed(
-    subject: Subject, backend: Backend, tokens: int, batch: int, size: int, device: torch.device
+    subject: Subject, backend: Backend, counts: Sequence[int], layout: str, size: int, device: torch.device
 ) -> tuple[Timing, dict[str, Any]]:
-    first = subject.cache(tokens, batch, device)
+    batch = len(counts)
+    first = subject.cache(packing.PAGE * max(counts), batch, device)
     part = _part(subject, backend, first, batch, device)
     copies = copies_needed(part.get("bytes", size), device)
-    caches = [first, *(mapped(first, torch.clone) for _ in range(copies - 1))]
-    positions = torch.arange(tokens, device=device)
+    laid = lay_out(first, layout, counts)
+    caches = [laid, *(laid._replace(kv=mapped(laid.kv, torch.clone)) for _ in range(copies - 1))]
     queries = subject.queries(batch, device)
     for cache in caches:
         # a kernel may look at a part once before its step can be captured
-        attend(subject, backend, queries, cache, positions)
-    return time_step(lambda i: attend(subject, backend, queries, caches[i], positions), copies, device), part
+        attend(subject, backend, queries, cache)
+    return time_step(lambda i: attend(subject, backend, queries, caches[i]), copies, device), part
 
 
 def _part(subject: Subject, backend: Backend, kv: Any, batch: int, device: torch.device) -> dict[str, Any]:
@@ -153,17 +170,24 @@ def _baselines(wanted: Sequence[str], device: torch.device) -> Sequence[str]:
     return wanted if device.type == "cuda" or "math" in wanted else ("math", *wanted)
 
 
+def _lengths(context: int, batch: int, ragged: bool) -> tuple[list[int], list[int]]:
+    """Compressed pages, and tokens in all, of each sequence."""
+    counts = page_counts(context // packing.PAGE, batch, ragged)
+    return counts, [context - packing.PAGE * (counts[0] - count) for count in counts]
+
+
 def _predictions(subject: Subject, request: Request) -> Iterator[dict[str, Any]]:
     for batch in request.batches:
         for context in request.contexts:
+            tokens = sum(_lengths(context, batch, request.ragged)[1])
             yield {
                 "record": "predicted",
                 "context": context,
                 "batch": batch,
                 "floor_ms": {
                     card: {
-                        "compressed": 1e3 * subject.bytes_per_token * context * batch / rate,
-                        "full": 1e3 * subject.full_bytes_per_token * context * batch / rate,
+                        "compressed": 1e3 * subject.bytes_per_token * tokens / rate,
+                        "full": 1e3 * subject.full_bytes_per_token * tokens / rate,
                     }
                     for card, rate in CARDS.items()
                 },

@@ -29,6 +29,12 @@ def bench(
     baseline: Annotated[str, typer.Option(help="Compare with flash, cudnn, efficient, math, flashinfer, fp8.")] = (
         "flash,cudnn"
     ),
+    layout: Annotated[
+        str, typer.Option(help="Where pages lie: whole, room (to grow into) or table (shuffled, through a page table).")
+    ] = "whole",
+    ragged: Annotated[
+        bool, typer.Option("--ragged", help="Sequences of a batch from the whole context down to half of it.")
+    ] = False,
     backend: Annotated[str, typer.Option(help="auto, reference, triton or gluon.")] = "auto",
     device: Annotated[str, typer.Option(help="cuda, cpu, or auto: a GPU where there is one.")] = "auto",
     fail_if_slower_than: Annotated[
@@ -60,6 +66,7 @@ def bench(
         _gate(records, fail_if_slower_than)
         return
     from kvtool.bench import Request, bench
+    from kvtool.bench.layout import LAYOUTS
 
     if e2e:
         from kvtool.cli import end_to_end
@@ -75,7 +82,10 @@ def bench(
     subject = _subject(model_shape, bits, calibration)
     chosen = _device(device)
     contexts = _ladder(ladder) if ladder else [parse_tokens(part) for part in context.split(",")]
-    request = Request(contexts, [_batch(part) for part in batch.split(",")], _baselines(baseline), backend)
+    if layout not in LAYOUTS:
+        raise InputError(f"--layout {layout}: expected one of {', '.join(LAYOUTS)}")
+    batches = [_batch(part) for part in batch.split(",")]
+    request = Request(contexts, batches, _baselines(baseline), backend, layout, ragged)
     talk.print(f"bench: {subject.origin}, on {chosen.type}")
     records = []
     for record in bench(subject, request, chosen):
