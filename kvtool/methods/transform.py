@@ -292,6 +292,6 @@ def _fit_side(
         :, :: max(1, first.keys.shape[1] // 4096)
     ]
     code = waterfill.build(side, candidate, statistics, plain, examples)
-    decoder = fitting.value_decoder(code, statistics, samples) if side == "value" else chain.decoder(code)
+    decoder = fitting.value_decoders([code], statistics, samples)[0] if side == "value" else chain.decoder(code)
     fields = fitting.tensors_of(code, decoder, plain, examples, stages=waterfill.max_stages(plain.shape[-1]))
     return fields | {"basis": code.basis.contiguous(), "plain": plain}

@@ -235,15 +235,16 @@ class Moments:
         return (fitted * self.units[:, None]).float()
 
 
-def value_decoder(code: Code, statistics: Statistics, samples: Samples) -> Tensor:
-    """The decoder of a value code that is regressed on attention outputs, float32 [H, 32 S, D]."""
-    moments = Moments(code, statistics.outputs)
+def value_decoders(codes: Sequence[Code], statistics: Statistics, samples: Samples) -> list[Tensor]:
+    """The decoders of value codes, regressed on attention outputs, float32 [H, 32 S, D] each."""
+    moments = [Moments(code, statistics.outputs) for code in codes]
     for sample in samples():
         seen = attention_of(sample, 128)
         if seen is not None:
             values = sample.values.float()
-            moments.add(moments.features(values, seen.weights), seen.weights @ values)
-    return moments.solve()
+            for one in moments:
+                one.add(one.features(values, seen.weights), seen.weights @ values)
+    return [one.solve() for one in moments]
 
 
 def tensors_of(code: Code, decoder: Tensor, signs: Tensor, examples: Tensor, *, stages: int) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from kvtool import centring, scores
 from kvtool.allocation import allocate, lower_hull
+from kvtool.errors import CaptureError
 from kvtool.methods.base import LayerCalibration, Progress
 from kvtool.packing import GROUP, PAGE
 from kvtool.rdkv.fit import importance as importance_of
@@ -39,8 +40,8 @@ if TYPE_CHECKING:
     from kvtool.methods.transform import Transform
 
 CUTS, AHEAD, ASKED = 4, 512, 64  # prompts per sample, tokens after each that ask, and how many of them do
-RATES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.5, 4.0)  # times the average
-PRICES = (4.0, 16.0)  # of eviction
+RATES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.5, 4.0, 6.0)  # times the average
+PRICES = (16.0, 64.0)  # of eviction
 _SAMPLES, _TOKENS = 2, 5120
 _TOTALS = (1, 2, 3, 4, 5, 6, 8, 10, 12)  # widths of a side, summed
 _EVEN = RATES.index(1.0)
@@ -126,14 +127,30 @@ def study(samples: Samples, plain: dict[str, Tensor], bits: float) -> Layer:
     """Everything that is measured of a layer; see 1 to 3 above."""
     statistics = fitting.statistics(samples)
     some = list(islice(samples(), _SAMPLES))
+    for sample in some:
+        if sample.queries is None or sample.queries.shape[1] != sample.keys.shape[1]:
+            raise CaptureError(
+                "transform below 1.25 bits learns from queries what a token is worth, but this capture does not have "
+                "all of them; capture with --queries all"
+            )
     importance = importance_of(some, some[0].shape)
     scenes = [scene for sample in some for scene in _scenes(sample, importance)]
-    weights = worth.regress(torch.cat([s.x for s in scenes], 1), torch.cat([s.worth for s in scenes], 1))
-    # of each sample one, of middling length
-    judged = scenes[len(scenes) // len(some) // 2 :: max(1, len(scenes) // len(some))]
+    if not scenes:
+        raise CaptureError(
+            f"transform below 1.25 bits needs samples of {CUTS * PAGE} tokens to learn what a token is worth, found "
+            f"{some[0].keys.shape[1]}; capture a longer --context"
+        )
+    # of each sample one, of middling length, judges; by a regression that has not seen it
+    each = len(scenes) // len(some)
+    judged = scenes[each // 2 :: each]
+    others = [scene for i, scene in enumerate(scenes) if i % each != each // 2] or scenes
     points, kind = _points(judged, statistics, plain)
-    choices = _choices(judged, points, statistics, kind, plain, weights, bits)
-    return Layer(statistics, importance, weights, kind, choices)
+    choices = _choices(judged, points, statistics, kind, plain, _regress(others), bits)
+    return Layer(statistics, importance, _regress(scenes), kind, choices)
+
+
+def _regress(scenes: Sequence[Scene]) -> Tensor:
+    return worth.regress(torch.cat([s.x for s in scenes], 1), torch.cat([s.worth for s in scenes], 1))
 
 
 def _scenes(sample: "LayerSample", importance: Tensor) -> list[Scene]:
@@ -327,7 +344,14 @@ def tensors(choice: Choice, layer: Layer, plain: dict[str, Tensor], samples: Sam
         x = fitting.vectors(side, first, statistics)[:, keep][:, :: max(1, int(keep.sum()) // 4096)]
         levels = [widths[ladder.SIDES.index(side)] for widths in choice.widths]
         levels += [levels[-1]] * (ladder.LEVELS - 1 - len(levels))
-        fields = [_rung(side, own, turn, variance, plain[side], x, statistics, samples) for own in levels]
+        codes = [fitting.make_code(turn, variance, own, x) for own in levels]
+        decoders = [chain.decoder(code) for code in codes]
+        if side == "value":
+            decoders = fitting.value_decoders(codes, statistics, samples)
+        fields = [
+            fitting.tensors_of(code, decoder, plain[side], x, stages=ladder.STAGES)
+            for code, decoder in zip(codes, decoders, strict=True)
+        ]
         made |= {f"{side}_{name}": torch.stack([field[name] for field in fields]) for name in fields[0]}
         made |= {f"{side}_basis": turn.contiguous(), f"{side}_plain": plain[side]}
     return made
@@ -335,18 +359,3 @@ def tensors(choice: Choice, layer: Layer, plain: dict[str, Tensor], samples: Sam
 
 def _filled(distortion: tuple[float, ...]) -> Tensor:
     return torch.tensor([*distortion, *[distortion[-1]] * (ladder.LEVELS - len(distortion))])
-
-
-def _rung(
-    side: str,
-    own: tuple[int, ...],
-    turn: Tensor,
-    variance: Tensor,
-    signs: Tensor,
-    examples: Tensor,
-    statistics: Statistics,
-    samples: Samples,
-) -> dict[str, Tensor]:
-    code = fitting.make_code(turn, variance, own, examples)
-    decoder = fitting.value_decoder(code, statistics, samples) if side == "value" else chain.decoder(code)
-    return fitting.tensors_of(code, decoder, signs, examples, stages=ladder.STAGES)
