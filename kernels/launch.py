@@ -12,12 +12,9 @@ from torch import Tensor
 
 from kvtool import packing
 from kvtool.attention import Attended
-from kvtool.backends import MAX_STEP
+from kvtool.backends import HEAD_DIMS, MAX_GROUP, MAX_STEP
 from kvtool.errors import BackendError
 from kvtool.kernels.merge import merge
-
-HEAD_DIMS = (64, 80, 96, 128, 256)
-MAX_GROUP = 8  # query heads per KV head
 
 
 @dataclass(frozen=True)

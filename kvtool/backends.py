@@ -1,5 +1,6 @@
 """Which code attends over a compressed part: the method's own reference, or a kernel of the same signature."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -14,8 +15,12 @@ from kvtool.attention import Attended
 from kvtool.errors import BackendError
 from kvtool.methods.base import Carry, LayerCalibration, Method, mapped
 from kvtool.packing import PAGE
+from kvtool.shapes import LayerShape
 
 BACKENDS = ("auto", "reference", "triton", "gluon")
+HEAD_DIMS = (64, 80, 96, 128, 256)  # that the kernels serve
+MAX_GROUP = 8  # query heads per KV head
+OLDEST = (8, 0)  # compute capability: integer tensor cores of mma.m16n8k32, cp.async
 MAX_STEP = 8  # query tokens that decode kernels take at once; a longer prompt over a compressed past is the reference's
 
 
@@ -167,11 +172,13 @@ def has_kernel(method: str) -> bool:
     return find_spec(f"kvtool.kernels.{method}") is not None
 
 
-def choose_backend(name: str, method: Method, device: torch.device) -> Backend:
+def choose_backend(name: str, method: Method, device: torch.device, shapes: Iterable[LayerShape] = ()) -> Backend:
     """The back end ``name`` for ``method`` on ``device``; auto takes kernels on a GPU that can run them.
 
+    shapes: of the layers it is for. Layers that kernels do not serve are the reference's with auto.
+
     Raises:
-        BackendError: unknown name, no kernel for the method, or no GPU.
+        BackendError: unknown name, no kernel for the method or the shapes, or no GPU that runs it.
     """
     if name not in BACKENDS:
         raise BackendError(f"--backend {name}: expected one of {', '.join(BACKENDS)}")
@@ -181,16 +188,43 @@ def choose_backend(name: str, method: Method, device: torch.device) -> Backend:
         raise BackendError(f"--backend {name}: {method.name} has no kernel yet; use --backend reference")
     if device.type != "cuda":
         raise BackendError(f"--backend {name}: kernels need a GPU, found {device.type}; use --backend reference")
-    kernel: Any = import_module(f"kvtool.kernels.{method.name}")
-    reason = kernel.refuses(method)
+    reason = _unable(device) or next(filter(None, map(_unserved, shapes)), None)
+    kernel: Any = None
+    if reason is None:
+        try:
+            kernel = import_module(f"kvtool.kernels.{method.name}")
+        except ImportError as error:
+            reason = f"kernels need Triton 3.6 or newer, which cannot be imported ({error})"
+        else:
+            reason = kernel.refuses(method)
     if reason and name == "auto":
         return Backend("reference")
+    if reason:
+        raise BackendError(f"--backend {name}: {reason}; use --backend reference")
     if name == "auto":
         # measured on Hopper; elsewhere the portable kernel is the safe choice
         hopper = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
         name = "gluon" if hopper and not kernel.refuses(method, gluon=True) else "triton"
-    if reason:
-        raise BackendError(f"--backend {name}: {reason}; use --backend reference")
     if name == "gluon" and (reason := kernel.refuses(method, gluon=True)):
         raise BackendError(f"--backend gluon: {reason}; use --backend triton")
     return Backend(name, kernel)
+
+
+def _unable(device: torch.device) -> str | None:
+    """Why no kernel runs on this GPU; None if they do."""
+    if torch.version.hip is not None:
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= OLDEST:
+        return None
+    needed, found = (".".join(map(str, version)) for version in (OLDEST, capability))
+    return f"kernels need compute capability {needed} or newer, found {found}"
+
+
+def _unserved(shape: LayerShape) -> str | None:
+    """Why a layer has no kernel; None if it has one."""
+    if shape.head_dim not in HEAD_DIMS:
+        return f"head_dim: expected one of {', '.join(map(str, HEAD_DIMS))}, found {shape.head_dim}"
+    if shape.group > MAX_GROUP:
+        return f"query heads: expected 1 to {MAX_GROUP} per KV head, found {shape.group}"
+    return None

@@ -257,9 +257,10 @@ class CompressedCache(Cache):
 
     def __init__(self, model: PreTrainedModel, calibration: Calibration, *, backend: str = "auto") -> None:
         self.calibration = calibration.to(model.device)
-        self.backend = choose_backend(backend, calibration.method, model.device)
         layers = list(DynamicCache(config=model.config).layers)
         chosen = set(calibration.shape.compressible) - set(calibration.policy.exact_layers)
+        shapes = {calibration.shape.layers[i] for i in chosen}
+        self.backend = choose_backend(backend, calibration.method, model.device, shapes)
         for i in chosen:
             layers[i] = CompressedLayer(calibration.method, self.calibration.layer(i), calibration.policy, self.backend)
         self.decoder: CapturedDecoder | None = None  # while steps are replayed, whose shapes must not change

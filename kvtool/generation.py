@@ -78,7 +78,8 @@ def generate(
         return _generated(loaded, ids, out, "full", 16.0, full, full)
     from kvtool.runtime import serve
 
-    chosen = choose_backend(backend, calibration.method, loaded.model.device)
+    shapes = [calibration.shape.layers[i] for i in calibration.shape.compressible]
+    chosen = choose_backend(backend, calibration.method, loaded.model.device, shapes)
     # launching kernels from Python would take longer than they do
     capacity = None if chosen.kernel is None else ids.shape[1] + max_new_tokens
     with serve(loaded.model, calibration, backend=chosen.name, capacity=capacity) as cache:

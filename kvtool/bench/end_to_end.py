@@ -106,7 +106,7 @@ def _error(made: Calibration, shape: CacheShape, request: Decode, device: torch.
     if made.method.block is None or made.method.moves:
         return None
     subject = Subject(made.method, made.layer(shape.compressible[0]), "").to(device)
-    return check_numerics(subject, choose_backend(request.backend, made.method, device), device)
+    return check_numerics(subject, choose_backend(request.backend, made.method, device, [subject.shape]), device)
 
 
 def _kvtool(model: PreTrainedModel, made: Calibration, request: Decode, batch: int) -> dict[str, Any]:

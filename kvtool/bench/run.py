@@ -41,7 +41,7 @@ def bench(subject: Subject, request: Request, device: torch.device) -> Iterator[
         BackendError: the back end cannot run, or its output is wrong.
     """
     subject = subject.to(device)
-    backend = choose_backend(request.backend, subject.method, device)
+    backend = choose_backend(request.backend, subject.method, device, [subject.shape])
     check_layout(request.layout, request.ragged, backend, subject)
     measured = bandwidth(device)
     yield {
