@@ -10,6 +10,7 @@ from kvtool import packing
 from kvtool.attention import Attended
 from kvtool.kernels import decode_affine
 from kvtool.kernels.launch import (
+    Launch,
     check_counts,
     check_pages,
     check_queries,
@@ -17,9 +18,8 @@ from kvtool.kernels.launch import (
     full,
     merged,
     nvidia,
-    processors,
     refuse,
-    tile_rows,
+    tiles_of,
 )
 from kvtool.kernels.packed import LOG2E, table
 from kvtool.methods.affine import Affine, AffineKV
@@ -50,18 +50,16 @@ def attend(
     H, N = kv.key_pages.shape[1:3]
     check(method, queries, kv, pages)
     device = queries.device
-    groups, used = packing.groups(D), HQ // H * S
-    rows = tile_rows(used, gluon=False)
-    blocks = -(-used // rows)
-    programs = B * H * blocks
-    splits = max(1, min(2 * processors(device) // programs, -(-N // (2 * WARPS))))
+    launch, groups = Launch(warps=WARPS), packing.groups(D)
+    tiles = tiles_of(queries, H)
+    used, rows, blocks, programs, dims = tiles
+    splits = launch.splits_of(tiles, N, 2, device)
     query = (scale * LOG2E * queries.float()).reshape(B * H, used, D)
     query = F.pad(query, (0, packing.GROUP * groups - D, 0, blocks * rows - used)).contiguous()
     out = torch.empty(programs, splits, rows, packing.GROUP * groups, device=device)
     lse = torch.empty(programs, splits, rows, device=device)
     words = kv.key_pages.view(torch.int32), kv.value_pages.view(torch.int32)
     key_width, value_width = (bits if bits <= 4 else 8 for bits in (method.k_bits, method.v_bits))
-    dims = {"H": H, "ROWS": rows, "BLOCKS": blocks}
     decode_affine.decode[(programs, splits)](
         query,
         *words,

@@ -17,10 +17,9 @@ from kvtool.kernels.launch import (
     full,
     merged,
     nvidia,
-    processors,
     refuse,
     square_map,
-    tile_rows,
+    tiles_of,
 )
 from kvtool.kernels.mean import mean_bias
 from kvtool.kernels.packed import LOG2E, bias_rows
@@ -56,21 +55,18 @@ def attend(
     device = queries.device
     launch = launch or default_launch(device, gluon=False)
     cosine = method.score == "cosine"
-    bits, used = method.sketch_bits * D, HQ // H * S
+    bits = method.sketch_bits * D
     groups, value_groups = packing.groups(bits), packing.groups(D)
-    rows = tile_rows(used, gluon=False)
-    blocks = -(-used // rows)
-    programs = B * H * blocks
+    tiles = tiles_of(queries, H)
+    used, rows, blocks, programs, dims = tiles
     # programs of a multiprocessor at once: not measured, from what the compiler reports
     resident, limit = (3, {"maxnreg": 168}) if rows == 8 and groups + value_groups <= 8 else (2, {})
-    splits = launch.splits or max(1, min(resident * processors(device) // programs, -(-N // (2 * launch.warps))))
+    splits = launch.splits_of(tiles, N, resident, device)
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    dims = {"H": H, "ROWS": rows, "BLOCKS": blocks}
     flag = {"PDL": launch.pdl}
-    pdl = {"launch_pdl": True} if launch.pdl else {}
     query = new(programs, groups, rows, 32, dtype=torch.int8)
     query_scale = new(programs, rows)
     sketch[(programs, rows)](
@@ -89,7 +85,7 @@ def attend(
         **square_map(D, 32 * value_groups),
         **flag,
         # a captured step's tail.py reads the queries early: they must be complete before anything here begins
-        **(pdl if pages is None else {}),
+        **(launch.dependent if pages is None else {}),
     )
     # as published the agreement alone is the logit
     biased = cosine and method.mean != "none"
@@ -134,7 +130,7 @@ def attend(
         **(limit if nvidia(device) else {}),
         **dims,
         **flag,
-        **pdl,
+        **launch.dependent,
     )
     return merged(out, lse, identity(32 * value_groups, D, device), (B, HQ, S, D), dims, launch.pdl)
 

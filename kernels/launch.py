@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -31,6 +31,16 @@ class Launch:
     stages: int | None = None
     warps: int = 4
     pdl: bool = False
+
+    @property
+    def dependent(self) -> dict[str, bool]:
+        """The option of a launch that may begin before the one before it has ended."""
+        return {"launch_pdl": True} if self.pdl else {}
+
+    def splits_of(self, tiles: "Tiles", pages: int, resident: int, device: torch.device) -> int:
+        """Programs that share a KV head's ``pages``: one wave, of ``resident`` a multiprocessor, with work for each."""
+        wave = resident * processors(device)
+        return self.splits or max(1, min(wave // tiles.programs, -(-pages // (2 * self.warps))))
 
 
 _codecs: dict[tuple[Any, ...], tuple[Tensor, Any]] = {}
@@ -120,6 +130,25 @@ def tile_rows(used: int, gluon: bool) -> int:
     """Query rows of a program: the smallest tile that holds them; more rows take more programs."""
     tiles = (4, 8) if gluon else (8, 16)
     return next((rows for rows in tiles if used <= rows), tiles[-1])
+
+
+class Tiles(NamedTuple):
+    """How the query rows of a step are cut up: the ``used`` rows of each KV head in ``blocks`` of ``rows``."""
+
+    used: int
+    rows: int
+    blocks: int
+    programs: int  # B * H * blocks
+    dims: dict[str, int]  # as kernels take them
+
+
+def tiles_of(queries: Tensor, kv_heads: int, *, gluon: bool = False) -> Tiles:
+    """The tiles of ``queries`` [B, HQ, S, D]."""
+    B, HQ, S, _ = queries.shape
+    used = HQ // kv_heads * S
+    rows = tile_rows(used, gluon)
+    blocks = -(-used // rows)
+    return Tiles(used, rows, blocks, B * kv_heads * blocks, {"H": kv_heads, "ROWS": rows, "BLOCKS": blocks})
 
 
 def square_map(D: int, C: int) -> dict[str, int]:

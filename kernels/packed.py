@@ -27,10 +27,9 @@ from kvtool.kernels.launch import (
     full,
     merged,
     nvidia,
-    processors,
     refuse,
     square_map,
-    tile_rows,
+    tiles_of,
 )
 from kvtool.kernels.query import prepare
 
@@ -147,14 +146,11 @@ def attend_packed(
         raise BackendError("kernels: gains per group and kinds of pages: Gluon reads neither; use --backend triton")
     B, HQ, S, D = queries.shape
     H, groups, value_groups = kv.key_pages.shape[1], len(codec.key_widths), len(codec.value_widths)
-    used_rows = HQ // H * S
-    ROWS = tile_rows(used_rows, launch.gluon)
-    blocks = -(-used_rows // ROWS)
-    programs = B * H * blocks
+    tiles = tiles_of(queries, H, gluon=launch.gluon)
+    used_rows, ROWS, blocks, programs, dims = tiles
     capacity = kv.key_pages.shape[2] if page_table is None else page_table.shape[-1]
     stages, resident = _residency(kv, launch, ROWS)
-    wave = resident * processors(device)
-    splits = launch.splits or max(1, min(wave // programs, -(-capacity // (2 * launch.warps))))
+    splits = launch.splits_of(tiles, capacity, resident, device)
     counted = pages is not None
     if pages is None:
         pages = full(B, capacity, device)
@@ -163,9 +159,7 @@ def attend_packed(
         return torch.empty(shape, dtype=dtype, device=device)
 
     TILE = 2 * max(ROWS, 8)
-    dims = {"H": H, "ROWS": ROWS, "BLOCKS": blocks}
     flag = {"PDL": launch.pdl}
-    pdl = {"launch_pdl": True} if launch.pdl else {}
     query = new(programs, groups, TILE, 32, dtype=torch.int8)
     query_scale = new(programs, ROWS)
     query_start = new(programs, groups if gains else 1, ROWS, dtype=torch.int32)
@@ -188,7 +182,7 @@ def attend_packed(
         **square,
         **flag,
         # a captured step's tail.py reads the queries early: they must be complete before anything here begins
-        **({} if counted else pdl),
+        **({} if counted else launch.dependent),
     )
     out, lse = new(programs, splits, ROWS, 32 * value_groups), new(programs, splits, ROWS)
     words = kv.key_pages.view(torch.int32), kv.value_pages.view(torch.int32)
@@ -248,7 +242,7 @@ def attend_packed(
         **options,
         **extra,
         **dims,
-        **pdl,
+        **launch.dependent,
     )
     return merged(out, lse, codec.output_map, (B, HQ, S, D), dims, launch.pdl)
 

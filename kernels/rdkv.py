@@ -29,7 +29,7 @@ from kvtool.kernels.launch import (
     refuse,
     remembered,
     square_map,
-    tile_rows,
+    tiles_of,
 )
 from kvtool.kernels.packed import LOG2E, table
 from kvtool.kernels.planes import SIXTEEN
@@ -102,12 +102,10 @@ def attend(
     H, G = layer.shape.num_kv_heads, packing.groups(D)
     check(queries, kv, layer, positions)
     launch = default_launch(queries.device, gluon)
-    used_rows = HQ // H * S
-    ROWS = tile_rows(used_rows, gluon=False)
-    blocks = -(-used_rows // ROWS)
+    used_rows, ROWS, blocks, programs, dims = tiles_of(queries, H)
     maps, mean = maps_of(layer), mean_of(layer)
     index = index_of(kv, layer, maps, positions)
-    programs, C = B * H * blocks, packing.GROUP * G
+    C = packing.GROUP * G
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=queries.device)
@@ -117,12 +115,10 @@ def attend(
     query_scale, bias_unit = new(programs, 2, ROWS), new(programs, ROWS)
     bias = new(pages, blocks * ROWS, packing.PAGE, dtype=torch.int16)
     out, lse = new(slots, blocks, ROWS, C), new(slots, blocks, ROWS)
-    dims = {"H": H, "ROWS": ROWS, "BLOCKS": blocks}
     square = square_map(D, C)
     if torch.version.hip is not None:
         square["num_warps"] = max(1, square["num_warps"] // 2)  # of 64 lanes
     asm = nvidia(queries.device)
-    pdl = {"launch_pdl": True} if launch.pdl else {}
     query_levels.prepare[(2 * programs * ROWS + pages,)](
         queries,
         maps.query,
@@ -150,7 +146,7 @@ def attend(
         PDL=launch.pdl,
         **dims,
         **square,
-        **pdl,
+        **launch.dependent,
     )
     if slots:
         decode_levels.decode[(slots, blocks)](
@@ -179,7 +175,7 @@ def attend(
             ASM=asm,
             PDL=launch.pdl,
             num_warps=WARPS,
-            **pdl,
+            **launch.dependent,
         )
     return merged(out, lse, maps.output, (B, HQ, S, D), dims, launch.pdl, (index.slots, index.most))
 

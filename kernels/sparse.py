@@ -37,7 +37,7 @@ from kvtool.kernels.launch import (
     processors,
     refuse,
     square_map,
-    tile_rows,
+    tiles_of,
 )
 from kvtool.kernels.packed import LOG2E, bias_rows
 
@@ -129,10 +129,8 @@ def attend_sparse(
     B, HQ, S, D = queries.shape
     H, N = kv.code_pages.shape[1:3]
     T, P = N * packing.PAGE, reader.key_map.shape[-1]
-    used = HQ // H * S
-    rows = tile_rows(used, gluon=False)
-    blocks = -(-used // rows)
-    programs, live = B * H * blocks, min(rows, used)
+    used, rows, blocks, programs, dims = tiles_of(queries, H)
+    live = min(rows, used)
     wave = processors(device)
     pages = full(B, N, device) if pages is None else pages
 
@@ -146,8 +144,8 @@ def attend_sparse(
     count_splits = max(1, min(4 * wave // programs, triton.cdiv(T, block)))
     per_split = triton.cdiv(triton.cdiv(T, block), max(1, 4 * wave // programs))
     splits, room = triton.cdiv(T, block * per_split), block * per_split
-    common = {"H": H, "ROWS": rows, "BLOCKS": blocks, "PDL": launch.pdl}
-    pdl = {"launch_pdl": True} if launch.pdl else {}
+    common = {**dims, "PDL": launch.pdl}
+    pdl = launch.dependent
     factor, cap = scale * LOG2E, (softcap or 0.0) * LOG2E
 
     query = new(programs, P // packing.GROUP, 2 * rows, packing.GROUP, dtype=torch.int8)
@@ -209,7 +207,6 @@ def attend_sparse(
         kv.values, sums, pages, counts, lists, logits, number, weight, cuts, out, lse, splits, score_splits, used,
         *kv.values.stride()[:3], room, reader.p, WIDE=unable, **options,
     )  # fmt: skip
-    dims = {"H": H, "ROWS": rows, "BLOCKS": blocks}
     attended = merged(out, lse, identity(D, D, device), (B, HQ, S, D), dims, launch.pdl)
     return attended, Trace(lists, number, logits, cuts, estimates)
 
