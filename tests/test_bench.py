@@ -101,7 +101,14 @@ def test_command_line_gates_and_refuses():
     assert [json.loads(line)["record"] for line in done.stdout.splitlines()][:2] == ["machine", "step"]
     assert run(app, [*base, "--fail-if-slower-than", "1e9"]).exit_code == 1
     assert run(app, [*base, "--fail-if-slower-than", "1e-9"]).exit_code == 0
-    for wrong in (["--batch", "0"], ["--ladder", "4k"], ["--baseline", "fast"], ["--context", "no"]):
+    for wrong in (
+        ["--batch", "0"],
+        ["--ladder", "4k"],
+        ["--ladder", "8k..4k"],
+        ["--baseline", "fast"],
+        ["--context", "no"],
+        ["--device", "tpu"],
+    ):
         refused = run(app, [*base, *wrong])
         assert isinstance(refused.exception, InputError) or refused.exit_code == 2
     with pytest.raises(InputError, match="llama-3.1-8b"):
@@ -171,3 +178,10 @@ def test_a_ladder_has_powers_of_two_and_odd_lengths_and_one_crossover_a_batch():
     shown = CliRunner().invoke(app, asked)
     assert "batch 1: compression wins" in shown.stdout
     assert "batch 2: compression wins" in shown.stdout
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused = CliRunner().invoke(app, ["bench", "--model-shape", "smollm2-135m", "--device", "cuda"])
+    assert isinstance(refused.exception, InputError)
+    assert "found none; use --device cpu" in str(refused.exception)

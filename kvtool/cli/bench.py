@@ -158,7 +158,11 @@ def _subject(model_shape: str | None, bits: int, calibration: Path | None) -> An
 def _device(name: str) -> Any:
     import torch
 
-    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
+    if name not in ("auto", "cpu", "cuda"):
+        raise InputError(f"--device {name}: expected auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: expected a GPU that torch can use, found none; use --device cpu")
+    return torch.device("cuda" if torch.cuda.is_available() and name != "cpu" else "cpu")
 
 
 def _ladder(text: str) -> list[int]:
@@ -166,6 +170,8 @@ def _ladder(text: str) -> list[int]:
     if not dots:
         raise InputError(f"--ladder {text}: expected two lengths such as 4k..128k")
     length, longest = parse_tokens(first), parse_tokens(last)
+    if length > longest:
+        raise InputError(f"--ladder {text}: expected the shorter length first, found {first} before {last}")
     lengths = []
     while length <= longest:
         # attention is easiest at powers of two; a real context is not one
