@@ -180,6 +180,15 @@ def test_a_ladder_has_powers_of_two_and_odd_lengths_and_one_crossover_a_batch():
     assert "batch 2: compression wins" in shown.stdout
 
 
+def test_the_shape_may_be_that_of_a_model_on_disk(make_tiny, tmp_path):
+    loaded = make_tiny(head_dim=64, num_key_value_heads=1)
+    loaded.model.save_pretrained(tmp_path)
+    loaded.tokenizer.save_pretrained(tmp_path)
+    subject = default_subject(str(tmp_path), 2)
+    assert (subject.shape.num_heads, subject.shape.num_kv_heads, subject.shape.head_dim) == (4, 1, 64)
+    assert subject.bytes_per_token == 2 * 64 * 2 / 8 + 4
+
+
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     refused = CliRunner().invoke(app, ["bench", "--model-shape", "smollm2-135m", "--device", "cuda"])

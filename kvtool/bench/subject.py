@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -143,15 +144,26 @@ def subject_of(calibration: Calibration, origin: str) -> Subject:
 
 
 def default_subject(model_shape: str, bits: int) -> Subject:
-    """Data-free turboquant at ``bits``, fitted to nothing, in the shape of a known model."""
-    if model_shape not in MODEL_SHAPES:
-        raise InputError(f"--model-shape {model_shape}: expected one of {', '.join(MODEL_SHAPES)}")
+    """Data-free turboquant at ``bits``, fitted to nothing, in the shape of a known model or of one that is loaded."""
     method = data_free_method(bits)
-    shape = MODEL_SHAPES[model_shape]
+    shape = MODEL_SHAPES.get(model_shape) or _loaded_shape(model_shape)
     tensors = method.fit_layer(shape, None, _no_samples(), layer=0)
     return Subject(
         method, LayerCalibration(0, shape, None, tensors), f"data-free turboquant at {bits} bits, {model_shape}"
     )
+
+
+def _loaded_shape(model: str) -> LayerShape:
+    """The first layer that compresses of a built-in model, a directory, a GGUF file or a hub id."""
+    from kvtool.models import BUILT_IN, load_model
+
+    if model not in BUILT_IN and "/" not in model and not Path(model).exists():
+        known = ", ".join(MODEL_SHAPES)
+        raise InputError(f"--model-shape {model}: expected one of {known}, or a model as kvtool capture takes them")
+    shape = load_model(model, device="cpu").shape
+    if not shape.compressible:
+        raise InputError(f"--model-shape {model}: expected a layer that can be compressed, found none")
+    return shape.layers[shape.compressible[0]].model_copy(update={"rope": None})
 
 
 def data_free_method(bits: int) -> Method:

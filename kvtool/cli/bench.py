@@ -20,7 +20,8 @@ def bench(
     ladder: Annotated[str | None, typer.Option(help="Lengths by doubling, 4k..128k, each also 1 % longer.")] = None,
     batch: Annotated[str, typer.Option(help="Sequences decoded together, or several: 1,4,8.")] = "1",
     model_shape: Annotated[
-        str | None, typer.Option(help="Bench a known model's shape with data-free turboquant.")
+        str | None,
+        typer.Option(help="Data-free turboquant in the shape of a known model, or of one to load."),
     ] = None,
     bits: Annotated[int, typer.Option(help="Bits with --model-shape: 1, 2, 3, 4 or 8.")] = 4,
     calibration: Annotated[
