@@ -217,8 +217,8 @@ def _tables(records: list[dict[str, Any]]) -> list[RenderableType]:
     for record in records:
         if record["record"] == "crossover" and record["measured"]:
             where = record["context"]
-            found = f"from {format_tokens(where)} tokens on" if where else "not at the longest length measured"
-            tables.append(f"batch {record['batch']}: compression wins {found}")
+            found = f"wins from {format_tokens(where)} tokens on" if where else "does not win at the longest length"
+            tables.append(f"batch {record['batch']}: compression {found}")
     predicted = [record for record in records if record["record"] == "predicted"]
     if predicted:
         tables.append(_floors(predicted))
