@@ -84,9 +84,10 @@ class RDKV(Method):
         "auto", description="what a token is worth; auto measures which one serves a layer better"
     )
     scoring: Literal["window", "accumulated", "expected"] = Field(
-        "window", description="which queries weigh tokens: the last, all that are known, or a Gaussian of those to come"
+        "accumulated",
+        description="which queries weigh tokens: the last, some of the whole prompt, or a Gaussian of those to come",
     )
-    window: int = Field(32, ge=1, le=1024, description="last queries whose attention is looked at")
+    window: int = Field(32, ge=1, le=1024, description="last queries that window scoring looks at")
     pool: int = Field(5, ge=1, le=63, description="tokens over which scores are averaged; odd")
     eviction: float | None = Field(
         None, gt=0, le=1e4, description="cost of evicting in units of its second-order cost; measured if not given"
