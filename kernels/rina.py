@@ -12,17 +12,18 @@ from kvtool.attention import Attended
 from kvtool.kernels import decode_rina, transform
 from kvtool.kernels.launch import (
     Launch,
+    check_counts,
     check_pages,
     check_queries,
+    check_stored,
     default_launch,
     full,
     merged,
     nvidia,
-    processors,
     refuse,
     remembered,
     square_map,
-    tile_rows,
+    tiles_of,
 )
 from kvtool.kernels.mean import mean_bias
 from kvtool.kernels.packed import LOG2E, bias_rows
@@ -83,26 +84,22 @@ def attend(
         )
     B, HQ, S, D = queries.shape
     H, N = kv.key_pages.shape[1:3]
-    check(queries, kv)
+    check(method, queries, kv, layer, positions, pages)
     device = queries.device
     launch = launch or default_launch(device, gluon=False)
     levels = levels_of(method, layer)
-    groups, used = packing.groups(D), HQ // H * S
-    width = gcd(D, method.subspace)  # channels of a sub-space
-    rows = tile_rows(used, gluon=False)
-    blocks = -(-used // rows)
-    programs = B * H * blocks
+    groups, width = packing.groups(D), gcd(D, method.subspace)  # channels of a sub-space
+    tiles = tiles_of(queries, H)
+    used, rows, blocks, programs, dims = tiles
     # programs of a multiprocessor at once: not measured, from what the compiler reports
     few = rows == 8 and groups <= 4 and width >= packing.GROUP and not method.extra
     resident, limit = (3, {"maxnreg": 168}) if few else (2, {})
-    splits = launch.splits or max(1, min(resident * processors(device) // programs, -(-N // (2 * launch.warps))))
+    splits = launch.splits_of(tiles, N, resident, device)
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    dims = {"H": H, "ROWS": rows, "BLOCKS": blocks}
     flag = {"PDL": launch.pdl}
-    pdl = {"launch_pdl": True} if launch.pdl else {}
     query = new(programs, groups, 2 * rows, 32, dtype=torch.int8)
     query_scale, query_mid, query_noise = new(programs, rows), new(programs, 2, rows), new(programs, 2, rows)
     prepare_levels[(programs, rows)](
@@ -125,7 +122,7 @@ def attend(
         **square_map(D, 32 * groups),
         **flag,
         # a captured step's tail.py reads the queries early: they must be complete before anything here begins
-        **(pdl if pages is None else {}),
+        **(launch.dependent if pages is None else {}),
     )
     biased = method.mean != "none"
     bias = unit = query_scale
@@ -176,7 +173,7 @@ def attend(
         **(limit if nvidia(device) else {}),
         **dims,
         **flag,
-        **pdl,
+        **launch.dependent,
     )
     return merged(out, lse, levels.output_map, (B, HQ, S, D), dims, launch.pdl)
 
@@ -216,18 +213,33 @@ def levels_of(method: RINA, layer: LayerCalibration) -> Levels:
     return remembered((method, layer.index), layer["key_rotation"], make)
 
 
-def check(queries: Tensor, kv: RINAKV) -> None:
+def check(
+    method: RINA, queries: Tensor, kv: RINAKV, layer: LayerCalibration, positions: Tensor, pages: Tensor | None
+) -> None:
     """Refuse what the kernel does not serve.
 
     Raises:
         BackendError: in one sentence.
     """
-    check_queries(queries, kv.key_pages.shape[1])
-    for name in ("key_pages", "value_pages", "key_norms", "key_halves", "value_halves"):
-        check_pages(name, getattr(kv, name))
-    if kv.key_norms.stride() != kv.value_norms.stride() or kv.key_norms.stride(-1) != 1:
-        found = f"{kv.key_norms.stride()} and {kv.value_norms.stride()}"
-        refuse("norms", "contiguous rows, those of values lying as those of keys do", found)
-    for name, lasting in (("extra_index", 1), ("extra_bits", 2), ("extra_halves", 2)):
-        if not getattr(kv, name)[0, 0, :1].is_contiguous():
-            refuse(name, f"contiguous in the last {lasting} dimensions", f"strides {getattr(kv, name).stride()}")
+    H, D = layer.shape.num_kv_heads, layer.shape.head_dim
+    check_queries(queries, H, D)
+    check_counts(kv._asdict(), positions, pages, len(queries))
+    spaces = D // gcd(D, method.subspace)
+    for side, stages in (("key", method.k_stages), ("value", method.v_stages)):
+        widths = {
+            "pages": stages * packing.page_bytes([1] * packing.groups(D)),
+            "norms": packing.PAGE,
+            "halves": packing.PAGE // 2 * stages * spaces,
+        }
+        for field, size in widths.items():
+            stored = getattr(kv, f"{side}_{field}")
+            check_stored(f"{side}_{field}", stored, queries, H, torch.uint8, size)
+            check_pages(f"{side}_{field}", stored)
+    if kv.key_norms.stride() != kv.value_norms.stride():
+        refuse("norms", "values' lying as keys' do", f"{kv.key_norms.stride()} and {kv.value_norms.stride()}")
+    n = method.extra
+    for name, dims in (("extra_index", (n,)), ("extra_bits", (n, D // 8)), ("extra_halves", (n, spaces))):
+        stored = getattr(kv, name)
+        check_stored(name, stored, queries, H, torch.uint8, *dims)
+        if not stored[0, 0, :1].is_contiguous():
+            refuse(name, f"contiguous in the last {len(dims)} dimensions", f"strides {stored.stride()}")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvtool import attention, packing
 from kvtool.attention import Attended
-from kvtool.kernels.launch import default_launch, remembered
+from kvtool.kernels.launch import check_counts, default_launch, remembered
 from kvtool.kernels.mean import mean_bias
 from kvtool.kernels.packed import Codec, Packed, attend_packed
 from kvtool.methods.base import LayerCalibration
@@ -41,6 +41,7 @@ def attend(
     pages: Tensor | None = None,
 ) -> Attended:
     """As ``Transform.attend``, over the first ``pages`` [B] of every head."""
+    check_counts({"outside": kv.outside}, positions, pages, len(queries))
     bias, unit = mean_bias(queries, layer["key_mean"], layer.rope, positions, scale)
     packed = Packed(*_side(kv.key_pages, kv.key_gains), *_side(kv.value_pages, kv.value_gains))
     launch = default_launch(queries.device, gluon)

@@ -18,6 +18,8 @@ METHODS = {
     "affine": ("affine", {"k_bits": 2, "v_bits": 4}),
     "affine per token": ("affine", {"k_bits": 4, "v_bits": 2, "k_axis": "token", "k_group": 0}),
     "h1b": ("h1b", {}),
+    "rina": ("rina", {"k_stages": 2}),
+    "rina by target": ("rina", {"target_bits": 1.25}),
     "rdkv": ("rdkv", {"budget": "25%"}),
     "rabitq": ("rabitq", {"k_bits": 2, "v_bits": 2}),
     "top-p": ("rabitq", {"mode": "topp", "mean": "rotated"}),
