@@ -199,12 +199,12 @@ def _readers(scene: _Scene, method: RaBitQ) -> dict[str, _Mask]:
 
 
 def _best(scores: Tensor, budget: float) -> Tensor:
-    """The k largest of every row [1, H, G, S, T]; k such that a group reads ``budget`` entries in the mean."""
+    """The k largest of every row [1, H, G, S, T]; groups read up to ``budget`` of them a query, and one at least."""
     ranks = scores.argsort(-1, descending=True).argsort(-1)
     first = ranks.amin(2).flatten().sort().values
-    S = scores.shape[3]
-    k = int(first[min(len(first) - 1, max(0, int(budget * S) - 1))]) if budget >= 1 else 0
-    return ranks <= k
+    # of the first entry that is too much: it and all others of its rank stay unread
+    over = int(budget * scores.shape[3])
+    return ranks < max(1, int(first[over]) if over < len(first) else scores.shape[-1])
 
 
 def _measure(scene: _Scene, mask: _Mask, p: float) -> _Layer:
