@@ -64,6 +64,44 @@ def observe(
     return Observed(weights, out, votes)
 
 
+class Known(NamedTuple):
+    """What was seen of the tokens that stay exact, before the others are compressed; the carry between runs.
+
+    left: [B] of their budget that earlier runs did not spend. recent: newer tokens [B] that stay exact.
+    out, lse: attention of the queries looked at over the exact tokens, [B, HQ, W, D] and [B, HQ, W]; empty without.
+    """
+
+    left: Tensor
+    recent: Tensor
+    out: Tensor
+    lse: Tensor
+
+
+def nothing_seen(left: Tensor, recent: Tensor | None = None) -> Known:
+    """No queries yet; ``recent`` tokens stay exact, or it is not known how many."""
+    nothing = left.new_zeros(len(left), 0)
+    return Known(left, torch.zeros_like(left) if recent is None else recent, nothing, nothing)
+
+
+def begin(
+    queries: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    shape: LayerShape,
+    *,
+    sinks: int,
+    carry: Known | None,
+    ago: Tensor | None = None,
+) -> Known:
+    """What ``Method.begin`` says of the tokens that stay exact, to ``queries`` as :func:`around` has them."""
+    left = torch.zeros(len(keys), device=keys.device) if carry is None else carry.left
+    recent = torch.full_like(left, keys.shape[2] - sinks)
+    if queries is None:
+        return nothing_seen(left, recent)
+    rest = around(queries, keys, values, shape, sinks=sinks, ago=ago)
+    return Known(left, recent, rest.out, rest.lse)
+
+
 def around(
     queries: Tensor, keys: Tensor, values: Tensor, shape: LayerShape, *, sinks: int, ago: Tensor | None = None
 ) -> Attended:

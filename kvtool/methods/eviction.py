@@ -40,16 +40,6 @@ class KeptKV(NamedTuple):
     values: Tensor
 
 
-class Seen(NamedTuple):
-    """The carry. owed: tokens [B] that rounding has not yet kept; recent: tokens of the window [B]; out, lse: attention
-    of the last queries over what stays exact."""
-
-    owed: Tensor
-    recent: Tensor
-    out: Tensor
-    lse: Tensor
-
-
 @dataclass(frozen=True)
 class Eviction(Method):
     """Keep the tokens that score best, drop the others."""
@@ -95,15 +85,9 @@ class Eviction(Method):
         sinks: int,
         carry: Carry = None,
     ) -> Carry:
-        owed = torch.zeros(len(keys), device=keys.device) if carry is None else carry.owed
-        recent = torch.full_like(owed, keys.shape[2] - sinks)
-        if queries is None:
-            nothing = owed.new_zeros(len(keys), 0)
-            return Seen(owed, recent, nothing, nothing)
-        if self.policy != "h2o":
+        if queries is not None and self.policy != "h2o":
             queries = queries[:, :, -min(self._looked(), max(1, keys.shape[2] - sinks)) :]
-        rest = scores.around(queries, keys, values, layer.shape, sinks=sinks)
-        return Seen(owed, recent, rest.out, rest.lse)
+        return scores.begin(queries, keys, values, layer.shape, sinks=sinks, carry=carry)
 
     def compress(
         self,
@@ -117,7 +101,7 @@ class Eviction(Method):
     ) -> tuple[KeptKV, Carry]:
         require_finite_tokens(keys, values, layer.index)
         T = keys.shape[2]
-        wanted = float(layer["fraction"]) * T + (0.0 if carry is None else float(carry.owed.max()))
+        wanted = float(layer["fraction"]) * T + (0.0 if carry is None else float(carry.left.max()))
         kept = min(T, int(wanted + 1e-6))
         score = self.score(keys, values, layer, positions, queries, carry)
         if self.policy == "h2o":
@@ -125,9 +109,9 @@ class Eviction(Method):
         chosen = score.topk(kept, -1).indices.sort(-1).values
         at = chosen[..., None].expand(-1, -1, -1, keys.shape[-1])
         half = keys.dtype if keys.element_size() == 2 else torch.float16
-        owed = torch.full((len(keys),), wanted - kept, device=keys.device)
-        nothing = owed.new_zeros(len(keys), 0)
-        return KeptKV(keys.gather(2, at).to(half), values.gather(2, at).to(half)), Seen(owed, owed, nothing, nothing)
+        # the fraction of a token that rounding has not yet kept
+        left = torch.full((len(keys),), wanted - kept, device=keys.device)
+        return KeptKV(keys.gather(2, at).to(half), values.gather(2, at).to(half)), scores.nothing_seen(left)
 
     def decompress(self, kv: KeptKV, layer: LayerCalibration, *, positions: Tensor) -> Decompressed:
         return Decompressed(kv.keys.float(), kv.values.float())

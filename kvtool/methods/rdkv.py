@@ -12,7 +12,7 @@ by the same rule within the same budget per token, and bytes left over are carri
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -48,19 +48,6 @@ if TYPE_CHECKING:
 
 _WEIGHTS = 1 << 26  # attention weights held at a time: 256 MiB
 _ACCUMULATED = 256  # queries of the whole prompt that are looked at
-
-
-class Budget(NamedTuple):
-    """The carry.
-
-    left: bytes [B] that earlier runs did not spend. recent: tokens [B] of the window.
-    out, lse: attention of the queries looked at over the tokens that stay exact, [B, HQ, W, D] and [B, HQ, W].
-    """
-
-    left: Tensor
-    recent: Tensor
-    out: Tensor
-    lse: Tensor
 
 
 @dataclass(frozen=True)
@@ -169,14 +156,10 @@ class RDKV(Method):
         sinks: int,
         carry: Carry = None,
     ) -> Carry:
-        left = torch.zeros(len(keys), device=keys.device) if carry is None else carry.left
-        recent = torch.full_like(left, keys.shape[2] - sinks)
         if queries is None or self.scoring == "expected":
-            nothing = left.new_zeros(len(keys), 0)
-            return Budget(left, recent, nothing, nothing)
+            return scores.begin(None, keys, values, layer.shape, sinks=sinks, carry=carry)
         ago = self._ago(queries)
-        rest = scores.around(queries[:, :, -1 - ago], keys, values, layer.shape, sinks=sinks, ago=ago)
-        return Budget(left, recent, rest.out, rest.lse)
+        return scores.begin(queries[:, :, -1 - ago], keys, values, layer.shape, sinks=sinks, carry=carry, ago=ago)
 
     def _ago(self, queries: Tensor) -> Tensor:
         """How many tokens came after each query that is looked at: the last ones, or as many spread over all."""
@@ -200,8 +183,7 @@ class RDKV(Method):
         left = torch.zeros(len(keys), device=keys.device) if carry is None else carry.left
         levels, left = self.plan(evicted, kept, layer, left)
         packed = pack(keys, values, levels, layer, positions)
-        nothing = torch.zeros(len(keys), 0, device=keys.device)
-        return packed, Budget(left, left, nothing, nothing)
+        return packed, scores.nothing_seen(left)
 
     def decompress(self, kv: Pages, layer: LayerCalibration, *, positions: Tensor) -> Decompressed:
         keys, values, real = unpack(kv, layer, positions)

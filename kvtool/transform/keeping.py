@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kvtool import scores
 from kvtool.methods.base import Decompressed, LayerCalibration
 from kvtool.rdkv.pages import token_levels
 from kvtool.rdkv.spending import in_order, page_sums, spend
+from kvtool.scores import Known
 from kvtool.shapes import LayerShape, TensorSpec
 from kvtool.transform import ladder, worth
 from kvtool.transform.ladder import LadderKV
-from kvtool.transform.worth import Known
 
 if TYPE_CHECKING:
     from kvtool.methods.transform import Transform
@@ -47,12 +48,10 @@ def compress(
     carry: Known | None,
 ) -> tuple[LadderKV, Known]:
     """See ``Method.compress``."""
-    B = len(keys)
-    nothing = torch.zeros(B, 0, device=keys.device)
-    known = carry or Known(torch.zeros(B, device=keys.device), torch.zeros(B, device=keys.device), nothing, nothing)
+    known = carry or scores.nothing_seen(torch.zeros(len(keys), device=keys.device))
     levels, left = plan(worth_of(keys, values, layer, positions, queries, known), layer, known.left)
     packed = ladder.pack(keys, values, levels, layer, positions, method.guard)
-    return packed, Known(left, torch.zeros_like(left), nothing, nothing)
+    return packed, scores.nothing_seen(left)
 
 
 def worth_of(

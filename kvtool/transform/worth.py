@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kvtool import scores
 from kvtool.attention import Attended
+from kvtool.scores import Known
 
 if TYPE_CHECKING:
     from kvtool.capture import LayerSample
@@ -35,19 +36,6 @@ _WEIGHTS = 1 << 26  # attention weights held at a time
 _STEPS = 12  # of the regression
 
 
-class Known(NamedTuple):
-    """What was seen of the tokens that stay exact, before the others are compressed; the carry between runs.
-
-    left: bits [B] that earlier runs did not spend. recent: newer tokens [B] that stay exact.
-    out, lse: attention of the queries looked at over the exact tokens, [B, HQ, W, D] and [B, HQ, W].
-    """
-
-    left: Tensor
-    recent: Tensor
-    out: Tensor
-    lse: Tensor
-
-
 def ago(count: int, device: torch.device) -> Tensor:
     """How many tokens came after each query that is looked at, of ``count`` known: the last ones, then the spread."""
     near = torch.arange(min(count, NEAR) - 1, -1, -1, device=device)
@@ -60,14 +48,10 @@ def begin(
     queries: Tensor | None, keys: Tensor, values: Tensor, layer: "LayerCalibration", *, sinks: int, carry: Known | None
 ) -> Known:
     """See ``Method.begin``."""
-    left = torch.zeros(len(keys), device=keys.device) if carry is None else carry.left
-    recent = torch.full_like(left, keys.shape[2] - sinks)
     if queries is None:
-        nothing = left.new_zeros(len(keys), 0)
-        return Known(left, recent, nothing, nothing)
+        return scores.begin(None, keys, values, layer.shape, sinks=sinks, carry=carry)
     since = ago(queries.shape[2], queries.device)
-    rest = scores.around(queries[:, :, -1 - since], keys, values, layer.shape, sinks=sinks, ago=since)
-    return Known(left, recent, rest.out, rest.lse)
+    return scores.begin(queries[:, :, -1 - since], keys, values, layer.shape, sinks=sinks, carry=carry, ago=since)
 
 
 def features(
