@@ -66,13 +66,7 @@ def cases(device: torch.device) -> Iterator[Case]:
         yield Case(f"{name}, {_told(shape)}", partial(_method, made, shape), kernel.refuses(made))
     guarded = partial(_method, make_method("transform"), Shape(64, 3), outside=True)
     yield Case("transform with pages outside its statistics", guarded)
-    for D, bits, mean in (
-        (64, 2, "none"),
-        (80, 3, "channel"),
-        (128, 4, "rotated"),
-        (256, 1, "rotated"),
-        (96, 8, "none"),
-    ):
+    for D, bits, mean in _ENCODED:
         yield Case(f"encode {bits} bits, mean {mean}, D {D}", partial(_encode, D, bits, mean))
     for shape, dtype, held in _TAILS:
         yield Case(f"tail of {held} {str(dtype)[6:]}, {_told(shape)}", partial(_tail, shape, dtype, held))

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -149,6 +150,14 @@ class _Run:
         self.done += 1
         self.progress(self.done, self.total)
 
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """An interrupt ends what is within, and what was done of it counts."""
+        try:
+            yield
+        except KeyboardInterrupt as stop:
+            self.stopped = stop
+
     def drift(self) -> int:
         """The task kld; how many segments were scored."""
         protocol, model = self.protocol, self.model
@@ -159,7 +168,7 @@ class _Run:
         what = {"task": "kld", "ids": _hash(ids.tolist()), "prefix": protocol.prefix, "chunk": protocol.chunk}
         store = Store.of(**what, **self.setting, queries=self.queries)
         tallies, done = {one.name: Tally() for one in self.compressed}, 0
-        try:
+        with self.interruptible():
             for segment in segments(
                 model, ids.to(model.device), store, prefix=protocol.prefix, chunk=protocol.chunk, queries=self.queries
             ):
@@ -169,8 +178,6 @@ class _Run:
                     score_segment(model, one, segment, tally, chunk=protocol.chunk, backend=protocol.backend)
                     self.step()
                 done += 1
-        except KeyboardInterrupt as stop:
-            self.stopped = stop
         if not done:
             return 0
         for one in self.compressed:
@@ -211,7 +218,7 @@ class _Run:
         notes: dict[str, list[dict[str, float]]] = {one.name: [] for one in self.compressed}
         full: list[Outcome] = []
         done = 0
-        try:
+        with self.interruptible():
             for i, prompt in enumerate(prompts):
                 ids = torch.tensor([prompt.context], device=model.device)
                 prefill = exact_prefill(model, ids, last_queries=self.queries, chunk=PREFILL_CHUNK)
@@ -236,8 +243,6 @@ class _Run:
                     self.rows[one.name]["backend"] = cache.backend.name
                     self.step()
                 done += 1
-        except KeyboardInterrupt as stop:
-            self.stopped = stop
         if not done:
             return 0
         for one in self.contestants:
