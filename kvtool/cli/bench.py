@@ -116,7 +116,7 @@ def _saved(path: Path) -> list[dict[str, Any]]:
     try:
         records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise InputError(f"--from {path}: expected the lines of kvtool bench --json, found: {reason}") from error
     kinds = [record.get("record") if isinstance(record, dict) else None for record in records]
     if kinds[:1] != ["machine"] or "step" not in kinds:
