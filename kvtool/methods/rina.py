@@ -29,8 +29,9 @@ from torch import Tensor
 from kvtool import attention, centring, packing, rotation
 from kvtool.attention import Attended
 from kvtool.centring import Centre
-from kvtool.errors import CaptureError, ModelError
+from kvtool.errors import CaptureError
 from kvtool.methods.base import FITTED_MARGIN, Carry, Claim, Decompressed, LayerCalibration, Method, Progress
+from kvtool.methods.finite import require_finite_tokens
 from kvtool.methods.transform import TransformKV
 from kvtool.rina import code, tiles
 from kvtool.rina.fit import fit_beta, fit_kappa, fit_output
@@ -137,13 +138,9 @@ class RINA(Method):
             return kv, None
         if self.variant == "published":
             return tiles.compress(keys, values, layer, self.k_stages, self.v_stages), None
+        require_finite_tokens(keys, values, layer.index)
         k = rotation.rotate(keys.float() - self.centre(layer, positions), layer["key_rotation"])
         v = rotation.rotate(values, layer["value_rotation"])
-        if not (k.isfinite().all() and v.isfinite().all()):
-            raise ModelError(
-                f"layer {layer.index}: expected finite keys and values, found NaN or infinity; "
-                "load the model in bfloat16 or float32"
-            )
         k_norm, k_unit = _norms(k)
         key = code.encode(k / k_unit[..., None].clamp_min(_TINY), _stages(layer, "key", self.k_stages))
         extra = self._extra(k / k_unit[..., None].clamp_min(_TINY) - key.decoded, k_unit, layer)

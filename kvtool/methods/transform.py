@@ -21,7 +21,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from kvtool import centring, packing, rotation
-from kvtool.errors import MethodOptionError, ModelError
+from kvtool.errors import MethodOptionError
 from kvtool.methods.base import (
     LOOKS_BACK,
     WHOLE_PROMPT,
@@ -31,6 +31,7 @@ from kvtool.methods.base import (
     Method,
     Progress,
 )
+from kvtool.methods.finite import require_finite_tokens
 from kvtool.packing import GROUP, PAGE
 from kvtool.shapes import CacheShape, LayerShape, TensorSpec
 from kvtool.transform import code as chain
@@ -115,9 +116,8 @@ class Transform(Method):
         queries: Tensor | None = None,
         carry: Carry = None,
     ) -> tuple[TransformKV | LadderKV, Carry]:
+        require_finite_tokens(keys, values, layer.index)
         if self.evicts:
-            for side, x in zip(SIDES, (keys, values), strict=True):
-                check_finite(x, layer, side)
             return keeping.compress(self, keys, values, layer, positions=positions, queries=queries, carry=carry)
         delta = keys.float() - centring.at(layer["key_mean"], "rotated", layer.rope, positions)
         key, key_outside = self._encode(delta, layer, "key")
@@ -151,7 +151,6 @@ class Transform(Method):
 
     def _encode(self, x: Tensor, layer: LayerCalibration, side: str) -> tuple[Coded, Tensor]:
         """Codes of ``x`` [B, H, T, D], and which pages [B, H, N] are coded plainly."""
-        check_finite(x, layer, side)
         return chain.encode_guarded(x, code_of(layer, side), partial(plain_code, layer, side), self.guard)
 
     # what the artifact holds
@@ -231,19 +230,6 @@ class Transform(Method):
         """The random rotations of a layer, for pages outside its statistics."""
         generator = torch.Generator().manual_seed(self.seed * 10_007 + layer)
         return {side: rotation.draw("hadamard", shape.num_kv_heads, shape.head_dim, generator) for side in SIDES}
-
-
-def check_finite(x: Tensor, layer: LayerCalibration, side: str) -> None:
-    """Refuse what no code can hold.
-
-    Raises:
-        ModelError: NaN or infinity.
-    """
-    if not x.isfinite().all():
-        raise ModelError(
-            f"layer {layer.index}: {side}s: expected finite numbers, found NaN or infinity; "
-            "the model's cache has overflowed: load the model in bfloat16 or float32"
-        )
 
 
 def widths(layer: LayerCalibration, side: str) -> tuple[int, ...]:
