@@ -1,18 +1,15 @@
 """Random pages, and layers fitted to random tokens: what ``check.py`` runs the kernels on."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from kvtool import packing
-from kvtool.calibration import Calibration
-from kvtool.capture.sample import LayerSample
+from kvtool.bench.synthetic import synthetic_calibration
 from kvtool.codebooks import sphere_codebook
 from kvtool.kernels.packed import Codec, Packed
 from kvtool.methods.base import LayerCalibration, Method
-from kvtool.shapes import CacheShape, LayerKind, LayerShape, Rope
+from kvtool.shapes import LayerKind, LayerShape
 
 
 @dataclass(frozen=True)
@@ -46,6 +43,7 @@ def random_packed(
     return Packed(*(x.to(device) for x in pages)), codec
 
 
+_TOKENS = 320  # fitted to: every case is to take moments
 _fitted: dict[tuple[Method, Shape], LayerCalibration] = {}
 
 
@@ -54,25 +52,6 @@ def fitted_layer(method: Method, shape: Shape) -> LayerCalibration:
     key = method, Shape(shape.D, shape.group, shape.H)
     if key not in _fitted:
         heads = {"num_heads": shape.H * shape.group, "num_kv_heads": shape.H, "head_dim": shape.D}
-        layer = LayerShape(kind=LayerKind.FULL, scale=shape.D**-0.5, rope=0, **heads)
-        rope = Rope(inv_freq=tuple(1e4 ** (-2 * i / shape.D) for i in range(shape.D // 2)))
-        sample: Any = _Random(layer, rope)
-        _fitted[key] = Calibration(method, sample.shape, method.fit(sample)).layer(0)
+        layer = LayerShape(kind=LayerKind.FULL, scale=shape.D**-0.5, **heads)
+        _fitted[key] = synthetic_calibration(method, layer, tokens=_TOKENS).layer(0)
     return _fitted[key]
-
-
-class _Random:
-    """What ``fit`` may look at: a sample of random tokens with a mean and uneven channels."""
-
-    def __init__(self, layer: LayerShape, rope: Rope) -> None:
-        self.shape, self.layers = CacheShape(layers=(layer,), ropes=(rope,)), [0]
-        g, H, D, T = torch.Generator().manual_seed(2), layer.num_kv_heads, layer.head_dim, 320
-        at = torch.arange(T)
-        spread = torch.rand(H, 1, D, generator=g) + 0.3
-        keys = torch.randn(H, 1, D, generator=g) + spread * torch.randn(H, T, D, generator=g)
-        queries = torch.randn(layer.num_heads, T, D, generator=g)
-        values = torch.randn(H, T, D, generator=g)
-        self._sample = LayerSample(0, 0, layer, rope, rope.rotate(keys, at), values, at, rope.rotate(queries, at), at)
-
-    def samples(self, layer: int, *, tokens: slice | None = None) -> Iterator[LayerSample]:
-        return iter([self._sample])

@@ -77,6 +77,7 @@ def end_to_end(
         **machine(device),
         "model_shape": f"toy, 2 layers, attention of {model_shape}" if toy else model_shape,
         "method": made.method.name,
+        "fitted_to": made.provenance.get("fitted_to") or made.provenance.get("capture") or "nothing",
         "weights": "random",
         "weight_bytes": weights,
         "cache": "random keys and values; no prompt was prefilled",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvtool import packing
+from kvtool.bench.synthetic import FITTED_TO, synthetic_calibration
 from kvtool.calibration import Calibration
 from kvtool.errors import InputError
 from kvtool.methods import make_method
@@ -151,6 +152,12 @@ def default_subject(model_shape: str, bits: int) -> Subject:
     return Subject(
         method, LayerCalibration(0, shape, None, tensors), f"data-free turboquant at {bits} bits, {model_shape}"
     )
+
+
+def synthetic_subject(model_shape: str, method: Method) -> Subject:
+    """``method`` fitted to random vectors in the shape of a known model or of one that is loaded."""
+    made = synthetic_calibration(method, MODEL_SHAPES.get(model_shape) or _loaded_shape(model_shape))
+    return Subject(method, made.layer(0), f"{method.name} fitted to {FITTED_TO}, {model_shape}")
 
 
 def _loaded_shape(model: str) -> LayerShape:

@@ -12,7 +12,7 @@ from kvtool.calibration import Calibration
 from kvtool.errors import InputError
 from kvtool.methods.base import Method, mapped
 from kvtool.policy import CachePolicy
-from kvtool.shapes import CacheShape, LayerShape
+from kvtool.shapes import CacheShape, LayerKind, LayerShape
 
 # hidden size, size of the feed-forward layers, layers, vocabulary, heads, KV heads, head_dim
 MODELS = {
@@ -31,9 +31,7 @@ def random_model(model_shape: str, device: torch.device) -> PreTrainedModel:
     Raises:
         InputError: the shape is not known.
     """
-    if model_shape not in MODELS:
-        raise InputError(f"--model-shape {model_shape}: with --e2e expected one of {', '.join(MODELS)}")
-    hidden, inner, layers, vocabulary, heads, kv_heads, head_dim = MODELS[model_shape]
+    hidden, inner, layers, vocabulary, heads, kv_heads, head_dim = _known(model_shape)
     if device.type == "cpu":
         hidden, (inner, layers, vocabulary) = 8 * heads, TOY
     config = LlamaConfig(
@@ -56,6 +54,24 @@ def random_model(model_shape: str, device: torch.device) -> PreTrainedModel:
     finally:
         torch.set_default_dtype(before)
     return model.eval().requires_grad_(False)
+
+
+def attention_shape(model_shape: str) -> LayerShape:
+    """Of each layer of :func:`random_model`.
+
+    Raises:
+        InputError: the shape is not known.
+    """
+    *_, heads, kv_heads, head_dim = _known(model_shape)
+    return LayerShape(
+        kind=LayerKind.FULL, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, scale=head_dim**-0.5
+    )
+
+
+def _known(model_shape: str) -> tuple[int, ...]:
+    if model_shape not in MODELS:
+        raise InputError(f"--model-shape {model_shape}: with --e2e expected one of {', '.join(MODELS)}")
+    return MODELS[model_shape]
 
 
 def data_free(method: Method, shape: CacheShape) -> Calibration:

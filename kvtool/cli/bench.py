@@ -12,6 +12,7 @@ from kvtool.cli.output import emit, talk
 from kvtool.errors import InputError
 from kvtool.units import format_bytes, format_tokens, parse_tokens
 
+DEFAULT_SHAPE = "llama-3.1-8b"
 _BASELINE = {"fp8": "fp8 cache"}
 
 
@@ -21,9 +22,19 @@ def bench(
     batch: Annotated[str, typer.Option(help="Sequences decoded together, or several: 1,4,8.")] = "1",
     model_shape: Annotated[
         str | None,
-        typer.Option(help="Data-free turboquant in the shape of a known model, or of one to load."),
+        typer.Option(help="The shape of a known model, or of one to load; without --method: data-free turboquant."),
     ] = None,
-    bits: Annotated[int, typer.Option(help="Bits with --model-shape: 1, 2, 3, 4 or 8.")] = 4,
+    bits: Annotated[
+        int | None, typer.Option(help="Of data-free turboquant: 1, 2, 3, 4 or 8. Default: 4.", show_default=False)
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="Any method, fitted to random vectors: its speed, not its quality. Needs no artifact."),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("-o", "--option", help="An option of the method, with --method.", metavar="NAME VALUE"),
+    ] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="An artifact. Default: the newest, else llama-3.1-8b.")
     ] = None,
@@ -69,6 +80,8 @@ def bench(
     from kvtool.bench import Request, bench
     from kvtool.bench.layout import LAYOUTS
 
+    asked = _method(method, option or [], bits, calibration)
+    bits = 4 if bits is None else bits
     if e2e:
         from kvtool.cli import end_to_end
 
@@ -77,10 +90,10 @@ def bench(
         batches = [_batch(part) for part in batch.split(",")]
         tokens = 0 if prefill == "0" else parse_tokens(prefill)
         options = {"backend": backend, "prefill": tokens, "device": chosen, "as_json": as_json}
-        records = end_to_end.run(model_shape, bits, calibration, contexts, batches, **options)
+        records = end_to_end.run(model_shape, bits, asked or calibration, contexts, batches, **options)
         _gate(records, fail_if_slower_than)
         return
-    subject = _subject(model_shape, bits, calibration)
+    subject = _subject(model_shape, bits, asked or calibration)
     chosen = _device(device)
     contexts = _ladder(ladder) if ladder else [parse_tokens(part) for part in context.split(",")]
     if layout not in LAYOUTS:
@@ -141,19 +154,42 @@ def _not_run(subject: Any, request: Any, device: Any) -> str:
     )
 
 
-def _subject(model_shape: str | None, bits: int, calibration: Path | None) -> Any:
+def _method(name: str | None, given: list[str], bits: int | None, calibration: Path | None) -> Any:
+    """The method of ``--method`` and ``-o``; None without.
+
+    Raises:
+        InputError: options that say something else besides, or options of no method.
+    """
+    from kvtool.cli.calibrate import bit_options
+    from kvtool.methods import make_method
+
+    if name is None:
+        if given:
+            raise InputError(f"-o {given[0]}: expected --method beside it, found none; say which method it is of")
+        return None
+    if calibration is not None:
+        raise InputError(f"--method {name}: an artifact has its own method, found --calibration {calibration} as well")
+    if bits is not None:
+        raise InputError(f"--method {name}: expected its own options, found --bits {bits}; 'kvtool methods {name}'")
+    return make_method(name, bit_options(name, None, None, None, given=given))
+
+
+def _subject(model_shape: str | None, bits: int, chosen: Any) -> Any:
+    """What is timed: an artifact's file, or a method that is fitted to random vectors; None: what there is."""
     from kvtool import home
-    from kvtool.bench import default_subject, subject_of
+    from kvtool.bench import default_subject, subject_of, synthetic_subject
     from kvtool.calibration import Calibration
 
+    if chosen is not None and not isinstance(chosen, Path):
+        return synthetic_subject(model_shape or DEFAULT_SHAPE, chosen)
     if model_shape:
         return default_subject(model_shape, bits)
-    if calibration is None:
+    if chosen is None:
         try:
-            calibration = home.newest("calibration", "kvtool calibrate")
+            chosen = home.newest("calibration", "kvtool calibrate")
         except InputError:
-            return default_subject("llama-3.1-8b", bits)
-    return subject_of(Calibration.load(calibration), str(calibration))
+            return default_subject(DEFAULT_SHAPE, bits)
+    return subject_of(Calibration.load(chosen), str(chosen))
 
 
 def _device(name: str) -> Any:

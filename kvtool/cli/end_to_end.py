@@ -19,7 +19,7 @@ _NAMES = {
 def run(
     model_shape: str | None,
     bits: int,
-    calibration: Path | None,
+    chosen: Any,
     contexts: list[int],
     batches: list[int],
     *,
@@ -28,16 +28,29 @@ def run(
     device: Any,
     as_json: bool,
 ) -> list[dict[str, Any]]:
-    """Measure, print, and return the records."""
+    """Measure, print, and return the records.
+
+    chosen: an artifact's file, or a method that is fitted to random vectors; None: data-free turboquant.
+    """
     from kvtool.bench.end_to_end import Decode, end_to_end
     from kvtool.bench.subject import data_free_method
+    from kvtool.bench.synthetic import synthetic_calibration
+    from kvtool.bench.whole_model import attention_shape
     from kvtool.calibration import Calibration
 
-    made = Calibration.load(calibration) if calibration else data_free_method(bits)
+    model_shape = model_shape or "llama-3.1-8b"
+    made: Any
+    if chosen is None:
+        made = data_free_method(bits)
+    elif isinstance(chosen, Path):
+        made = Calibration.load(chosen)
+    else:
+        made = synthetic_calibration(chosen, attention_shape(model_shape))
+        talk.print(f"bench: {chosen.name} fitted to {made.provenance['fitted_to']}, {model_shape}, on {device.type}")
     records: list[dict[str, Any]] = []
     for context in contexts:
         request = Decode(context, batches, backend, prefill if context == contexts[0] else 0)
-        for record in end_to_end(model_shape or "llama-3.1-8b", made, request, device):
+        for record in end_to_end(model_shape, made, request, device):
             records.append(record)
             if record["record"] == "decode":
                 found = f"{record['ms']:.4g} ms a token" if "ms" in record else record["not_run"]
