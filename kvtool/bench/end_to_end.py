@@ -2,7 +2,8 @@
 
     transformers   the model as users run it: DynamicCache, scaled_dot_product_attention, launched from Python
     full           the best a full cache can do: fixed buffers, flash attention, the whole step one CUDA graph
-    kvtool         the step that ``serve(capacity=...)`` replays (captured.py), compression of new pages included
+    kvtool         the step that ``serve(capacity=...)`` replays (captured.py), compression of new pages included;
+                   kernel by kernel where it cannot have static shapes, as serving does
 
 The model has the named shape and random weights: bytes and launches do not depend on what they say.
 """
@@ -26,7 +27,7 @@ from kvtool.bench.numerics import check_numerics
 from kvtool.bench.subject import Subject
 from kvtool.bench.whole_model import data_free, fill, random_cache, random_ids, random_model, repeated
 from kvtool.calibration import Calibration
-from kvtool.captured import CapturedDecoder
+from kvtool.captured import CapturedDecoder, refuses
 from kvtool.methods.base import Method, nbytes
 from kvtool.models.attention import attention_replaced
 from kvtool.models.geometry import cache_shape
@@ -102,10 +103,8 @@ def end_to_end(
         yield {"record": "prefill", **_prefill(model, made, request)}
 
 
-def _error(made: Calibration, shape: CacheShape, request: Decode, device: torch.device) -> float | None:
-    """Of one layer against float64, so that wrong code is not timed; None for a method without pages to make up."""
-    if made.method.block is None or made.method.moves:
-        return None
+def _error(made: Calibration, shape: CacheShape, request: Decode, device: torch.device) -> float:
+    """Of one layer against what its output should be, so that wrong code is not timed."""
     subject = Subject(made.method, made.layer(shape.compressible[0]), "").to(device)
     return check_numerics(subject, choose_backend(request.backend, made.method, device, [subject.shape]), device)
 
@@ -118,16 +117,24 @@ def _kvtool(model: PreTrainedModel, made: Calibration, request: Decode, batch: i
     with serve(model, made, backend=request.backend) as cache, torch.no_grad():
         fill(cache, model, request.context, batch, capacity)
         reset_peak(device)
-        decoder = CapturedDecoder(model, cache, capacity=capacity)
+        launched = refuses(cache)
+        decoder = None if launched else CapturedDecoder(model, cache, capacity=capacity)
         ids = random_ids(model, batch, 1)
+
+        def step() -> Tensor:
+            if decoder:
+                return decoder.step(ids)
+            logits: Tensor = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1]
+            return logits
+
         for _ in range(warm):
-            logits = decoder.step(ids)
+            logits = step()
         synchronize(device)
         begun, times = time.perf_counter(), []
         for _ in range(request.steps):
             # compressing after a step is not part of the next one's time, but of the whole
             times.append(Interval(device))
-            logits = decoder.step(ids)
+            logits = step()
             times[-1].end()
         synchronize(device)
         whole = 1e3 * (time.perf_counter() - begun) / request.steps
@@ -138,7 +145,8 @@ def _kvtool(model: PreTrainedModel, made: Calibration, request: Decode, batch: i
             "step_ms": statistics.median(each),
             "spread_ms": each[3 * len(each) // 4] - each[len(each) // 4],
             "backend": cache.backend.name,
-            "captures": decoder.captures,
+            "captures": decoder.captures if decoder else 0,
+            **({"launched": launched} if launched else {}),
             "steps": request.steps,
             "cache_bytes": size.compressed + size.exact,
             "finite": bool(logits.isfinite().all()),

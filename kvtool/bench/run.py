@@ -133,7 +133,7 @@ def _time_compressed(
 ) -> tuple[Timing, dict[str, Any]]:
     batch = len(counts)
     first = subject.cache(packing.PAGE * max(counts), batch, device)
-    part = _part(subject, backend, first, batch, device)
+    part = _part(subject, backend, first, packing.PAGE * max(counts), batch, device)
     copies = copies_needed(part.get("bytes", size), device)
     laid = lay_out(first, layout, counts)
     caches = [laid, *(laid._replace(kv=mapped(laid.kv, torch.clone)) for _ in range(copies - 1))]
@@ -144,13 +144,14 @@ def _time_compressed(
     return time_step(lambda i: attend(subject, backend, queries, caches[i]), copies, device), part
 
 
-def _part(subject: Subject, backend: Backend, kv: Any, batch: int, device: torch.device) -> dict[str, Any]:
-    """Bytes of a step that reads a part of the cache, and the shares of it; nothing for one that reads all of it.
+def _part(subject: Subject, backend: Backend, kv: Any, tokens: int, batch: int, device: torch.device) -> dict[str, Any]:
+    """Bytes of a step that reads a part of the cache and the shares of it, or the share of tokens that is in the cache.
 
     A row is counted once for all queries of a group.
     """
     if not subject.reads_a_part:
-        return {}
+        share = subject.kept(kv, tokens)
+        return {} if share is None else {"kept": share}
     positions = torch.arange(kv.keys.shape[2], device=device)
     selected = reads(subject, backend, subject.queries(batch, device), kv, positions)
     if selected is None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvtool import packing
-from kvtool.bench.synthetic import FITTED_TO, synthetic_calibration
+from kvtool.bench.synthetic import FITTED_TO, random_tokens, synthetic_calibration
 from kvtool.calibration import Calibration
 from kvtool.errors import InputError
 from kvtool.methods import make_method
@@ -106,17 +106,23 @@ class Subject:
         return type(kv)(*(_repeat(field, tokens, sample, batch) for field in kv))
 
     def _at_once(self, tokens: int, batch: int, device: torch.device, seed: int) -> Any:
-        """A cache that is made once from a whole prompt, with random queries to say what matters of it."""
-        keys, values = self.random(tokens, batch, device, seed)
-        generator = torch.Generator(device).manual_seed(seed + 2)
-        dims = (batch, self.shape.num_heads, LOOKS_BACK, self.shape.head_dim)
-        queries = (
-            1.5 / (self.shape.scale * self.shape.head_dim**0.5) * torch.randn(dims, generator=generator, device=device)
+        """A cache that is made once from a whole prompt, whose last queries say what matters of it."""
+        keys, values, queries = random_tokens(
+            self.shape, self.layer.rope, tokens, min(tokens, LOOKS_BACK), batch=batch, seed=seed, device=device
         )
         positions = torch.arange(tokens, device=device)
         keys, values = keys.bfloat16(), values.bfloat16()
         carry = self.method.begin(queries, keys[:, :, :0], values[:, :, :0], self.layer, sinks=0)
         return self.method.compress(keys, values, self.layer, positions=positions, queries=queries, carry=carry)[0]
+
+    def kept(self, kv: Any, tokens: int) -> float | None:
+        """The share of ``tokens`` that is in ``kv``; None for a method that keeps them all."""
+        if self.method.block is not None:
+            return None
+        device = next(tensor.device for tensor in self.layer.tensors.values())
+        keys, _, bias = self.method.decompress(kv, self.layer, positions=torch.arange(tokens, device=device))
+        held = keys.shape[2] if bias is None else float((bias > -torch.inf).sum(-1).float().mean())
+        return held / tokens
 
     @property
     def _takes_all(self) -> bool:

@@ -7,10 +7,11 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from kvtool.bench.subject import Subject
-from kvtool.cache import CompressedCache
+from kvtool.bench.synthetic import random_tokens
+from kvtool.cache import CompressedCache, CompressedLayer
 from kvtool.calibration import Calibration
 from kvtool.errors import InputError
-from kvtool.methods.base import Method, mapped
+from kvtool.methods.base import LOOKS_BACK, Method, mapped
 from kvtool.policy import CachePolicy
 from kvtool.shapes import CacheShape, LayerKind, LayerShape
 
@@ -127,24 +128,33 @@ def fill(cache: CompressedCache, model: PreTrainedModel, context: int, batch: in
         layer.parts.reserve(capacity)
         if method.block is None or method.moves:
             # what is kept depends on all tokens; the layers after the first take its copy
-            if first is None:
-                keys, values = subject.random(tokens, batch, device)
-                queries = subject.queries(batch, device).expand(-1, -1, 64, -1).to(dtype)
-                positions = torch.arange(policy.sinks, policy.sinks + tokens, device=device)
-                carry = method.begin(queries, recent_keys, recent_values, subject.layer, sinks=policy.sinks)
-                first = layer.backend.compress(
-                    method,
-                    keys.to(dtype),
-                    values.to(dtype),
-                    subject.layer,
-                    positions=positions,
-                    queries=queries,
-                    carry=carry,
-                )
+            first = first or _whole_prompt(cache, layer, subject, context, tokens, recent_keys)
             kv, layer.carry = mapped(first[0], torch.clone), first[1]
         else:
             kv = subject.cache(tokens, batch, device, seed=i)
         layer.parts.append(kv, policy.sinks, tokens)
+
+
+def _whole_prompt(
+    cache: CompressedCache, layer: CompressedLayer, subject: Subject, context: int, tokens: int, like: Tensor
+) -> tuple[Any, Any]:
+    """What the method makes of ``tokens`` between sinks and window of a prompt [B] as in ``like``, and its carry."""
+    method, sinks, device = cache.calibration.method, cache.calibration.policy.sinks, like.device
+    made = random_tokens(subject.shape, subject.layer.rope, context, LOOKS_BACK, batch=len(like), device=device)
+    keys, values, queries = (x.to(like.dtype) for x in made)
+    inside = slice(sinks, sinks + tokens)
+    outside = torch.ones(context, dtype=torch.bool, device=device)
+    outside[inside] = False
+    carry = method.begin(queries, keys[:, :, outside], values[:, :, outside], subject.layer, sinks=sinks)
+    return layer.backend.compress(
+        method,
+        keys[:, :, inside],
+        values[:, :, inside],
+        subject.layer,
+        positions=torch.arange(context, device=device)[inside],
+        queries=queries,
+        carry=carry,
+    )
 
 
 def random_cache(layer: LayerShape, batch: int, tokens: int, model: PreTrainedModel) -> tuple[Tensor, Tensor]:

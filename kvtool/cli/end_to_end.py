@@ -55,6 +55,8 @@ def run(
             if record["record"] == "decode":
                 found = f"{record['ms']:.4g} ms a token" if "ms" in record else record["not_run"]
                 talk.print(f"  {format_tokens(record['context'])} x {record['batch']}, {record['way']}: {found}")
+    for reason in sorted({record["launched"] for record in records if "launched" in record}):
+        talk.print(f"not captured in a graph: {reason}")
     emit(records, lambda: Group(*_tables(records)), as_json=as_json)
     if device.type == "cpu":
         talk.print(
@@ -82,6 +84,8 @@ def _decode(records: list[dict[str, Any]]) -> Table:
     ratios = {(r["context"], r["batch"]): r for r in records if r["record"] == "ratio"}
     for record in (r for r in records if r["record"] == "decode"):
         name = _NAMES[record["way"]] + (f" ({record['backend']})" if "backend" in record else "")
+        if "launched" in record:
+            name = name.replace("step captured", "kernel by kernel")
         row = [name, format_tokens(record["context"]), str(record["batch"])]
         if "ms" not in record:
             table.add_row(*row, "not run: " + record["not_run"])
