@@ -10,7 +10,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
@@ -52,12 +52,11 @@ class Case:
     refused: str | None = field(default=None)
 
 
-def cases(device: torch.device) -> Iterator[Case]:
-    """All cases that ``device`` can run."""
-    dialects = ("triton", "gluon") if nvidia(device) else ("triton",)
+def cases(dialects: Sequence[str]) -> Iterator[Case]:
+    """All cases, those of packed pages in each of ``dialects``."""
     for dialect in dialects:
         for name, shape, widths, options in _PACKED:
-            run = partial(_packed, shape, *widths, launch=_launch(device, dialect), **options)
+            run = partial(_packed, shape, *widths, dialect=dialect, **options)
             yield Case(f"decode {dialect}: {name}, {_told(shape)}", run)
     for method, options, shape in _METHODS:
         kernel = import_module(f"kvtool.kernels.{method}")
@@ -130,7 +129,7 @@ def _packed(
     value_widths: tuple[int, ...],
     device: torch.device,
     *,
-    launch: Launch,
+    dialect: str,
     table: bool = False,
     ragged: bool = False,
     bias: bool = False,
@@ -149,7 +148,9 @@ def _packed(
     for b, n in enumerate(used):
         own, mine = Packed(*(x[b : b + 1, :, :n] for x in kv)), None if added is None else added[b : b + 1]
         exact.append(reference(queries[b : b + 1], own, codec, scale=scale, softcap=softcap, bias=mine))
-    options: dict[str, Any] = {"pages": torch.tensor(used, dtype=torch.int32, device=device)} if ragged else {}
+    options: dict[str, Any] = {"launch": _launch(device, dialect)}
+    if ragged:
+        options["pages"] = torch.tensor(used, dtype=torch.int32, device=device)
     for b, n in enumerate(used):
         # room to grow holds anything
         kv.key_scales[b, :, n:] = kv.value_scales[b, :, n:] = torch.nan
@@ -157,7 +158,7 @@ def _packed(
         order = torch.randperm(B * N, generator=g)
         options["page_table"] = torch.argsort(order).reshape(B, N).to(torch.int32).to(device)
         kv = Packed(*(x.transpose(1, 2).flatten(0, 1)[order.to(device)].transpose(0, 1)[None].contiguous() for x in kv))
-    found = attend_packed(queries, kv, codec, scale=scale, softcap=softcap, bias=added, launch=launch, **options)
+    found = attend_packed(queries, kv, codec, scale=scale, softcap=softcap, bias=added, **options)
     return _compare(found, Attended(*(torch.cat(x) for x in zip(*exact, strict=True))))
 
 
@@ -234,14 +235,14 @@ def main() -> int:
     parser.add_argument("--refused", action="store_true", help="also what no back end would run")
     asked = parser.parse_args()
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if not torch.cuda.is_available() and not interpreted:
+    if not torch.cuda.is_available() and not interpreted and not asked.list:
         print(
             "kvtool: no GPU found; set TRITON_INTERPRET=1 to run the kernels in Triton's interpreter", file=sys.stderr
         )
         return 2
     device = torch.device("cpu" if interpreted else "cuda")
     failed = 0
-    for case in cases(device):
+    for case in cases(("triton", "gluon") if asked.list or nvidia(device) else ("triton",)):
         if asked.only and not any(word in case.name for word in asked.only):
             continue
         if asked.list:

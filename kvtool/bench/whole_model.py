@@ -108,7 +108,7 @@ def repeated(calibration: Calibration, shape: CacheShape) -> Calibration:
             if name.startswith(prefix)  # the dot ends the number
         }
     policy = calibration.policy.model_copy(update={"exact_layers": ()})
-    return Calibration(calibration.method, shape, tensors, policy)
+    return Calibration(calibration.method, shape, tensors, policy, calibration.provenance)
 
 
 def fill(cache: CompressedCache, model: PreTrainedModel, context: int, batch: int, capacity: int) -> None:

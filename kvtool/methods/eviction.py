@@ -165,9 +165,10 @@ def _accumulated(
 
 def pyramid(share: float, layers: int) -> list[float]:
     """Shares falling linearly from the first layer to the last, with mean ``share``."""
+    if layers == 1:
+        return [share]
     least = share / _BETA
     most = 2 * share - least
     if most > 1:
         most, least = 1.0, 2 * share - 1
-    steps = max(1, layers - 1)
-    return [most - (most - least) * i / steps for i in range(layers)]
+    return [most - (most - least) * i / (layers - 1) for i in range(layers)]

@@ -1,5 +1,7 @@
 """``python -m kvtool.kernels.check`` has a case for every kernel, says PASS or FAIL, and exits with 1 on a failure."""
 
+import os
+import subprocess
 import sys
 
 import pytest
@@ -22,8 +24,16 @@ def test_every_method_with_a_kernel_has_a_case(monkeypatch, capsys):
     assert code == 0
     for name in METHODS:
         assert not has_kernel(name) or any(line.startswith(name) for line in said.out.splitlines()), name
-    for word in ("1 bit", "2 bits", "3 bits", "4 bits", "8 bits", "mixed", "encode", "tail"):
+    for word in ("triton: 1 bit", "gluon: 2 bits", "3 bits", "4 bits", "8 bits", "mixed", "encode", "tail"):
         assert word in said.out
+
+
+def test_a_listing_needs_neither_a_gpu_nor_the_interpreter():
+    # a process of its own: kernels are made for the interpreter, or not, when they are imported
+    hidden = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    asked = [sys.executable, "-m", "kvtool.kernels.check", "--list", "gluon"]
+    done = subprocess.run(asked, env=hidden | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, check=True)
+    assert len(done.stdout.splitlines()) == len(check._PACKED)
 
 
 def test_cases_pass_and_what_no_back_end_would_run_is_skipped(monkeypatch, capsys):

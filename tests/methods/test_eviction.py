@@ -113,6 +113,7 @@ def test_the_pyramid_falls_and_has_the_right_mean(share):
     assert sum(shares) / 30 == pytest.approx(share)
     assert shares == sorted(shares, reverse=True)
     assert 0 < shares[-1] <= shares[0] <= 1
+    assert pyramid(share, 1) == [share]
 
 
 def test_expected_attention_is_the_mean_of_exp_over_gaussian_queries():
