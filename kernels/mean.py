@@ -19,8 +19,10 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from kvtool import packing
-from kvtool.kernels.launch import check_queries, nvidia
+from kvtool.kernels.launch import check_queries, processors
 from kvtool.shapes import Rope
+
+_RESIDENT = 2  # programs a multiprocessor holds, by their registers
 
 
 def mean_bias(
@@ -45,12 +47,15 @@ def mean_logits(queries: Tensor, mean: Tensor, rope: Rope, positions: Tensor, sc
     B, HQ, S, D = queries.shape
     H, T = mean.shape[0], len(positions)
     half, rows, pages = len(rope.inv_freq), HQ // H * S, T // packing.PAGE
-    padded, block = triton.next_power_of_2(rows), triton.next_power_of_2(half)
+    padded, block = triton.next_power_of_2(rows), max(16, triton.next_power_of_2(half))
     tile = max(padded, 64)
     queries = queries if queries.stride(-1) == 1 else queries.contiguous()
     out = torch.empty(B, HQ, S, T, dtype=torch.int16, device=queries.device)
     unit = torch.empty(B, HQ, S, dtype=torch.float32, device=queries.device)
-    _polynomial[(B * H, triton.cdiv(pages, tile // padded))](
+    tiles = triton.cdiv(pages, tile // padded)
+    # one table serves several tiles, as long as all programs fit the card at once
+    each = triton.cdiv(tiles * B * H, _RESIDENT * processors(queries.device))
+    _polynomial[(B * H, triton.cdiv(tiles, each))](
         queries,
         mean.float().contiguous(),
         *_starts(rope, positions),
@@ -59,6 +64,7 @@ def mean_logits(queries: Tensor, mean: Tensor, rope: Rope, positions: Tensor, sc
         unit,
         rows,
         pages,
+        each,
         *queries.stride()[:3],
         scale,
         rope.scaling,
@@ -70,9 +76,7 @@ def mean_logits(queries: Tensor, mean: Tensor, rope: Rope, positions: Tensor, sc
         BLOCK=block,
         ROWS=padded,
         TILE=tile,
-        STEP=min(block, 16),
-        PRECISION="tf32x3" if nvidia(queries.device) else "ieee",
-        num_warps=4,
+        num_warps=4 * max(1, block // 64),
     )
     return out, unit
 
@@ -91,22 +95,26 @@ def _starts(rope: Rope, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=16)
 def _steps(rope: Rope, device: torch.device) -> tuple[Tensor, Tensor]:
-    cos, sin = Rope(inv_freq=rope.inv_freq).table(torch.arange(packing.PAGE))
-    return cos.to(device).contiguous(), sin.to(device).contiguous()
+    """Cosines and sines of r t, float16 [2, HALF, 64]: rounded, and what rounding left."""
+    tables = Rope(inv_freq=rope.inv_freq).table(torch.arange(packing.PAGE))
+    both = ((x.mT, x.mT - x.mT.half().float()) for x in tables)
+    cos, sin = (torch.stack(parts).half().to(device).contiguous() for parts in both)
+    return cos, sin
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["each"])
 def _polynomial(
     QUERIES,  # [B, HQ, S, D], any float
     MEAN,  # float32 [H, D]
     START_COS,  # float32 [pages, HALF]
     START_SIN,
-    STEP_COS,  # float32 [64, HALF]
+    STEP_COS,  # float16 [2, HALF, 64], high and low
     STEP_SIN,
     OUT,  # int16 [B*H, rows, 64*pages]
     UNIT,  # float32 [B*H, rows]
     rows,  # query heads per KV head * S
     pages,
+    each,  # tiles of a program
     query_b,
     query_h,
     query_s,
@@ -118,40 +126,23 @@ def _polynomial(
     DIMS: tl.constexpr,  # D, HALF and rows, rounded up to powers of two
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
-    STEP: tl.constexpr,  # channels at a time
     ROWS: tl.constexpr,
     TILE: tl.constexpr,  # rows of the product: TILE / ROWS pages of all query rows
-    PRECISION: tl.constexpr,
 ):
-    """One program: all query rows of a KV head over a few pages."""
-    head, first = tl.program_id(0), tl.program_id(1)
-    m = tl.arange(0, TILE)
-    row, page = m % ROWS, first * (TILE // ROWS) + m // ROWS
-    live = row < rows
+    """One program: all query rows of a KV head over a few tiles of pages."""
+    head, first = tl.program_id(0), tl.program_id(1) * each
+    m, c, r = tl.arange(0, TILE), tl.arange(0, BLOCK), tl.arange(0, 64)
+    row = m % ROWS
+    live, turns = row < rows, c < HALF
     h = head % H
     at = (head // H).to(tl.int64) * query_b + (h * (rows // S) + row // S) * query_h + (row % S) * query_s
-    r = tl.arange(0, 64)
-    logits = tl.zeros([TILE, 64], tl.float32)
-    unit = tl.zeros([TILE], tl.float32)
-    for start in tl.range(0, BLOCK, STEP):
-        c = start + tl.arange(0, STEP)
-        turns = (c < HALF)[None, :]
-        q1 = tl.load(QUERIES + at[:, None] + c[None, :], mask=live[:, None] & turns, other=0.0).to(tl.float32)
-        q2 = tl.load(QUERIES + at[:, None] + HALF + c[None, :], mask=live[:, None] & turns, other=0.0).to(tl.float32)
-        m1 = scale * tl.load(MEAN + h * D + c, mask=c < HALF, other=0.0)[None, :]
-        m2 = scale * tl.load(MEAN + h * D + HALF + c, mask=c < HALF, other=0.0)[None, :]
-        a, b = q1 * m1 + q2 * m2, q2 * m1 - q1 * m2
-        unit += tl.sum(tl.sqrt(a * a + b * b), 1)
-        inside = (page < pages)[:, None] & turns
-        cos = tl.load(START_COS + page[:, None] * HALF + c[None, :], mask=inside, other=0.0)
-        sin = tl.load(START_SIN + page[:, None] * HALF + c[None, :], mask=inside, other=0.0)
-        table = r[None, :] * HALF + c[:, None]
-        known = (c < HALF)[:, None] & (r >= 0)[None, :]
-        step_cos = tl.load(STEP_COS + table, mask=known, other=0.0)
-        step_sin = tl.load(STEP_SIN + table, mask=known, other=0.0)
-        # tf32 alone would cost 1e-3 of a logit; three products of it are as good as float32
-        logits += tl.dot(a * cos + b * sin, step_cos, input_precision=PRECISION)
-        logits += tl.dot(b * cos - a * sin, step_sin, input_precision=PRECISION)
+    known = live[:, None] & turns[None, :]
+    q1 = tl.load(QUERIES + at[:, None] + c[None, :], mask=known, other=0.0).to(tl.float32)
+    q2 = tl.load(QUERIES + at[:, None] + HALF + c[None, :], mask=known, other=0.0).to(tl.float32)
+    m1 = scale * tl.load(MEAN + h * D + c, mask=turns, other=0.0)[None, :]
+    m2 = scale * tl.load(MEAN + h * D + HALF + c, mask=turns, other=0.0)[None, :]
+    a, b = q1 * m1 + q2 * m2, q2 * m1 - q1 * m2
+    amplitude = tl.sum(tl.sqrt(a * a + b * b), 1)
     rest = tl.zeros([TILE], tl.float32)
     if D > 2 * HALF:
         d = tl.arange(0, DIMS)
@@ -159,10 +150,33 @@ def _polynomial(
         q = tl.load(QUERIES + at[:, None] + d[None, :], mask=live[:, None] & still[None, :], other=0.0).to(tl.float32)
         rest = scale * tl.sum(q * tl.load(MEAN + h * D + d, mask=still, other=0.0)[None, :], 1)
     # the table of cosines is scaled once more, by the rotary embedding
-    unit = tl.maximum(scaling * unit + tl.abs(rest), 1e-30) / 32767
+    amplitude = tl.maximum(scaling * amplitude + tl.abs(rest), 1e-30)
     if first == 0:
-        tl.store(UNIT + head * rows + row, unit, mask=live & (m < ROWS))
-    logits = (logits + rest[:, None]) / unit[:, None]
-    logits = tl.minimum(tl.maximum(tl.floor(logits + 0.5), -32767.0), 32767.0).to(tl.int16)
-    to = OUT + ((head.to(tl.int64) * rows + row) * (pages * 64) + page * 64)[:, None] + r[None, :]
-    tl.store(to, logits, mask=(live & (page < pages))[:, None] & (r >= 0)[None, :])
+        tl.store(UNIT + head * rows + row, amplitude / 32767, mask=live & (m < ROWS))
+    a, b, rest = a / amplitude[:, None], b / amplitude[:, None], rest / amplitude
+    table = c[:, None] * 64 + r[None, :]
+    inside = turns[:, None] & (r >= 0)[None, :]
+    cos_high = tl.load(STEP_COS + table, mask=inside, other=0.0)
+    cos_low = tl.load(STEP_COS + HALF * 64 + table, mask=inside, other=0.0)
+    sin_high = tl.load(STEP_SIN + table, mask=inside, other=0.0)
+    sin_low = tl.load(STEP_SIN + HALF * 64 + table, mask=inside, other=0.0)
+    for tile in tl.range(first, first + each, num_stages=1):
+        page = tile * (TILE // ROWS) + m // ROWS
+        seen = (page < pages)[:, None] & turns[None, :]
+        start = page[:, None] * HALF + c[None, :]
+        cos = tl.load(START_COS + start, mask=seen, other=0.0)
+        sin = tl.load(START_SIN + start, mask=seen, other=0.0)
+        u, v = a * cos + b * sin, b * cos - a * sin
+        # a float16 and what it leaves, of both factors: 22 bits; only the product of the two remainders is left out
+        u_high, v_high = u.to(tl.float16), v.to(tl.float16)
+        u_low, v_low = (u - u_high.to(tl.float32)).to(tl.float16), (v - v_high.to(tl.float32)).to(tl.float16)
+        logits = tl.dot(u_high, cos_high)
+        logits = tl.dot(u_low, cos_high, logits)
+        logits = tl.dot(u_high, cos_low, logits)
+        logits = tl.dot(v_high, sin_high, logits)
+        logits = tl.dot(v_low, sin_high, logits)
+        logits = tl.dot(v_high, sin_low, logits)
+        logits = tl.floor((logits + rest[:, None]) * 32767 + 0.5)
+        logits = tl.minimum(tl.maximum(logits, -32767.0), 32767.0).to(tl.int16)
+        to = OUT + ((head.to(tl.int64) * rows + row) * (pages * 64) + page * 64)[:, None] + r[None, :]
+        tl.store(to, logits, mask=(live & (page < pages))[:, None] & (r >= 0)[None, :])
