@@ -25,7 +25,7 @@ _GAIN_ZERO, _GAIN_STEPS = tl.constexpr(144.0), tl.constexpr(8.0)  # those of rdk
 
 @triton.jit
 def decode(
-    QUERY_WORDS,  # int32 words of int8 [programs, 2, GROUPS, 2*ROWS, 32], in both rotations
+    QUERY_WORDS,  # int32 words of int8 [programs, 2, GROUPS, 2*ROWS*32], in both rotations, as query_levels.py stores
     QUERY_SCALE,  # float32 [programs, 2, ROWS]
     QUERY_SUMS,  # float32 [programs, 2, GROUPS, ROWS]
     KEY_CODES,  # int32 words
@@ -36,7 +36,7 @@ def decode(
     WIDTHS,  # float32 [11, 2], factor and offset of each width; of 16 bits at 10
     SHARES,  # int32 [slots, 3]: KV head (of all sequences), first step and the step after the last
     STEPS,  # int32 [steps, 8]: keys, values (in 256 bytes), first page, tokens, widths, value width, rotation, key size
-    BIAS,  # int16 [pages, BLOCKS*ROWS, 64], tokens in the order of the gains
+    BIAS_WORDS,  # int32 words of int16 [pages, BLOCKS, 2 (of u), ROWS, 4 q, 4 u, 2 r]
     BIAS_UNIT,  # float32 [programs, ROWS], times log2 e
     OUT,  # float32 [slots, BLOCKS, ROWS, 32*GROUPS]
     LSE,  # float32 [slots, BLOCKS, ROWS], log2
@@ -60,11 +60,6 @@ def decode(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    whole, grouped = (), ()
-    for i in tl.static_range(GROUPS):
-        tile = QUERY_WORDS + (program * 2 * GROUPS + i) * (2 * ROWS * 8)
-        whole = whole + (_query(tile, WARPS, ROWS),)
-        grouped = grouped + (_query(tile + GROUPS * 2 * ROWS * 8, WARPS, ROWS),)
     bias_unit = tl.load(BIAS_UNIT + program * ROWS + rows)[None, :, None]
 
     m = tl.full([WARPS, ROWS], -1e30, tl.float32)
@@ -85,40 +80,38 @@ def decode(
         key_at = KEY_CODES + (tl.load(record) + mine * tl.load(record + 7)).to(tl.int64) * 64
         value_size = GROUPS * tl.where(value_width == SIXTEEN, 16, value_width)
         value_at = VALUE_CODES + (tl.load(record + 1) + mine * value_size).to(tl.int64) * 64
-        # all is asked for before any of it is needed, and first what lies in registers as it is used
-        key_planes, value_planes, at = (), (), key_at
+        # all of the keys is asked for before any of it is needed, and values as keys leave their registers
+        key_planes, value_planes, factors, at = (), (), (), key_at
         for i in tl.static_range(GROUPS):
             width = widths >> 4 * i & 15
             key_planes = key_planes + (load_planes(at, used, width),)
             at += 64 * tl.minimum(width, 8)
-        value_unit = 64 * tl.minimum(value_width, 8)
-        for i in tl.static_range(GROUPS):
-            value_planes = value_planes + (load_planes(value_at + i * value_unit, used, value_width),)
-
-        early, late = _load_biases(BIAS, page, used, block, BLOCKS, WARPS, ROWS)
-        key_gains = _load_gains(KEY_GAINS, page, used, WARPS, ROWS)
-        value_gains = _load_gains(VALUE_GAINS, page, used, WARPS, ROWS)
-
-        x = tl.zeros([WARPS, ROWS, 64], tl.float32)
+        early, late = _load_biases(BIAS_WORDS, page, used, block, BLOCKS, WARPS, ROWS)
+        key_gains, value_gains = _load_gains(KEY_GAINS, page, used, WARPS), _load_gains(VALUE_GAINS, page, used, WARPS)
+        turned = program * 2 + turn
         shift = tl.zeros([ROWS], tl.float32)
-        sums = QUERY_SUMS + (program * 2 + turn) * GROUPS * ROWS + rows
-        at = key_at
         for i in tl.static_range(GROUPS):
             width = widths >> 4 * i & 15
             factor, offset = tl.load(WIDTHS + 2 * width), tl.load(WIDTHS + 2 * width + 1)
+            shift += factor * offset * tl.load(QUERY_SUMS + (turned * GROUPS + i) * ROWS + rows)
+            factors = factors + (factor,)
+        value_factor, value_offset = tl.load(WIDTHS + 2 * value_width), tl.load(WIDTHS + 2 * value_width + 1)
+        scale = tl.load(QUERY_SCALE + turned * ROWS + rows)
+
+        x = tl.zeros([WARPS, ROWS, 64], tl.float32)
+        at = key_at
+        value_unit = 64 * tl.minimum(value_width, 8)
+        for i in tl.static_range(GROUPS):
+            width = widths >> 4 * i & 15
+            query = _query(QUERY_WORDS + (turned * GROUPS + i) * (16 * ROWS), WARPS, ROWS)
             f = fragments_of(key_planes[i], at, used, width, table, WARPS, ASM)
-            unit = key_operand(f, WARPS)
-            if turn == 0:
-                part = _product(whole[i], unit, 128, WARPS, ROWS, 64)
-                if width == SIXTEEN:
-                    low = fragments_of_eight(at + GROUPS * 512, used, table, WARPS, ASM)
-                    part = 256 * part + _product(whole[i], key_operand(low, WARPS), 128, WARPS, ROWS, 64)
-            else:
-                part = _product(grouped[i], unit, 128, WARPS, ROWS, 64)
-            x += factor * part
-            shift += factor * offset * tl.load(sums + i * ROWS)
+            part = _product(query, key_operand(f, WARPS), 128, WARPS, ROWS, 64)
+            if width == SIXTEEN:
+                low = fragments_of_eight(at + GROUPS * 512, used, table, WARPS, ASM)
+                part = 256 * part + _product(query, key_operand(low, WARPS), 128, WARPS, ROWS, 64)
+            x += factors[i] * part
+            value_planes = value_planes + (load_planes(value_at + i * value_unit, used, value_width),)
             at += 64 * tl.minimum(width, 8)
-        scale = tl.load(QUERY_SCALE + (program * 2 + turn) * ROWS + rows)
         x = (x - shift[None, :, None]) * _gains(key_gains, WARPS, ROWS) * scale[None, :, None]
         x += _biases(early, late, WARPS, ROWS) * bias_unit
         if CAPPED:
@@ -130,14 +123,13 @@ def decode(
         shrink = tl.exp2(m - new_m)
         p = tl.exp2(x - new_m[:, :, None])
         l = l * shrink[:, :, None] + _quad_sum(p, WARPS, ROWS)
-        # comparing with the scores also keeps the gains in their layout
-        v = tl.where(x > -1e30, _gains(value_gains, WARPS, ROWS) * tl.load(WIDTHS + 2 * value_width), 0.0)
-        new_u = tl.maximum(u, tl.max(v, 2))
+        # comparing with the scores also keeps the gains from being worked out before them, which takes registers
+        v = tl.where(x > -1e30, _gains(value_gains, WARPS, ROWS), 0.0)
+        new_u = tl.maximum(u, tl.max(v, 2) * value_factor)
         # 1.5 * 2^23 puts the rounded weight in the low bits; + 128 makes the low byte signed
-        w = p * (v * (32512.0 / new_u)[:, :, None]) + 12583040.0
+        w = p * (v * (32512.0 * value_factor / new_u)[:, :, None]) + 12583040.0
         fade = shrink * (u / new_u)
-        offset = tl.load(WIDTHS + 2 * value_width + 1)
-        total = total * fade[:, :, None] + offset * _quad_sum(w - 12583040.0, WARPS, ROWS)
+        total = total * fade[:, :, None] + value_offset * _quad_sum(w - 12583040.0, WARPS, ROWS)
         weights = _weights(w.to(tl.int32, bitcast=True), WARPS, ROWS)
         new_out = ()
         for i in tl.static_range(GROUPS):
@@ -173,43 +165,42 @@ def _product(rows, unit, base: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr
 
 
 @triton.jit
-def _query(tile, W: tl.constexpr, ROWS: tl.constexpr):
+def _query(pointer, W: tl.constexpr, ROWS: tl.constexpr):
     """Operand A of a group for every warp, int8 [W, 2*ROWS, 32]: as words, each lane loads what it will hold."""
-    at = tile + tl.arange(0, 2 * ROWS)[None, :, None] * 8 + 2 * tl.arange(0, 4)[None, None, :]
-    at += 0 * tl.arange(0, W)[:, None, None]
-    words = tl.join(tl.load(at), tl.load(at + 1))  # [W, row, q, h]
-    return fragment_bytes(words).reshape(W, 2 * ROWS, 32)
+    at = pointer + tl.arange(0, 16 * ROWS)[None, :] + 0 * tl.arange(0, W)[:, None]
+    words = fragment_bytes(tl.load(at).reshape(W, ROWS // 8, 8, 4, 2, 2))  # [W, tile, g, q, h, high/low, e, e]
+    return words.permute(0, 1, 5, 2, 3, 4, 6, 7).reshape(W, 2 * ROWS, 32)
 
 
 @triton.jit
-def _load_gains(pointer, page, used, W: tl.constexpr, ROWS: tl.constexpr):
-    """The words of the gains of each warp's ``page`` [W, 1]: every lane loads those of its scores."""
-    word = tl.arange(0, 4)[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]  # [q, u and r]
-    at = (pointer + page.to(tl.int64) * 16)[:, :, None] + word
-    row = tl.arange(0, ROWS)[None, :, None, None]
-    return tl.load(at[:, None, :, :] + 0 * row, mask=used[:, :, None, None] & (row >= 0), other=0)
+def _load_gains(pointer, page, used, W: tl.constexpr):
+    """The words of the gains of each warp's ``page`` [W, 1], [W, 128]: every lane loads those of its scores."""
+    word = tl.arange(0, 128)[None, :]
+    at = pointer + page.to(tl.int64) * 16 + (word // 4 % 4 * 4 + word % 4)
+    return tl.load(at, mask=used & (word >= 0), other=0)
 
 
 @triton.jit
 def _gains(words, W: tl.constexpr, ROWS: tl.constexpr):
-    """Gains float32 [W, ROWS, 64] in token order."""
-    codes = words[:, :, :, :, None] >> (8 * tl.arange(0, 4)) & 255
-    codes = codes.reshape(W, ROWS, 4, 8, 2).permute(0, 1, 3, 2, 4).reshape(W, ROWS, 64)
-    return tl.exp2((codes.to(tl.float32) - _GAIN_ZERO) / _GAIN_STEPS)
+    """Gains float32 [W, ROWS, 64] in token order, the same in every row."""
+    codes = words.reshape(W, 8, 4, 4)[:, :, :, :, None] >> (8 * tl.arange(0, 4)) & 255  # [W, g, q, u, u and r]
+    gains = tl.exp2(codes.to(tl.float32) * (1 / _GAIN_STEPS) - _GAIN_ZERO / _GAIN_STEPS)
+    gains = gains.reshape(W, 8, 4, 8, 2).permute(0, 1, 3, 2, 4).reshape(W, 1, 8, 64)
+    return gains.broadcast_to(W, ROWS // 8, 8, 64).reshape(W, ROWS, 64)
 
 
 @triton.jit
 def _load_biases(pointer, page, used, block, BLOCKS: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr):
-    """The biases of each warp's ``page`` [W, 1], those of u below 4 and the others, as :func:`_biases` takes them."""
-    row = tl.arange(0, ROWS)[None, :, None, None]
-    token = tl.arange(0, 4)[None, None, :, None] * 16 + tl.arange(0, 8)[None, None, None, :]  # [q, u below 4 and r]
-    at = pointer + ((page.to(tl.int64) * BLOCKS + block) * (ROWS * 64))[:, :, None, None] + (row * 64 + token)
-    mask = used[:, :, None, None] & (row >= 0) & (token >= 0)
-    return tl.load(at, mask=mask, other=0), tl.load(at + 8, mask=mask, other=0)
+    """The words of the biases of each warp's ``page`` [W, 1], those of u below 4 and the others, [W, 16*ROWS] each."""
+    word = tl.arange(0, 16 * ROWS)[None, :]
+    at = pointer + (page.to(tl.int64) * BLOCKS + block) * (32 * ROWS) + word
+    mask = used & (word >= 0)
+    return tl.load(at, mask=mask, other=0), tl.load(at + 16 * ROWS, mask=mask, other=0)
 
 
 @triton.jit
 def _biases(early, late, W: tl.constexpr, ROWS: tl.constexpr):
     """Biases float32 [W, ROWS, 64] in token order."""
-    x = tl.join(early, late).reshape(W, ROWS, 4, 4, 2, 2).permute(0, 1, 5, 3, 2, 4)
+    words = tl.join(early, late).reshape(W, ROWS, 4, 4, 2)  # [W, row, q, u, u]
+    x = tl.join(words << 16 >> 16, words >> 16).permute(0, 1, 4, 3, 2, 5)  # [W, row, u, u, q, r]
     return x.reshape(W, ROWS, 64).to(tl.float32)

@@ -1,6 +1,6 @@
 """Units whose width is known only when they are read: words of any width first, then a branch on it.
 
-All planes of a page are asked for before the first is needed, whatever the widths, so that a page costs one latency.
+Planes are asked for long before they are needed, whatever the widths, so that a page costs one latency.
 The branch is the same for all threads of a program, whose pages have one level.
 """
 

@@ -3,7 +3,7 @@
     x_t = sum_i f_w(i) gain_t (q U)_i . byte_ti + q . R(n_t) m        o = (sum p_t f_w gain_t byte_t) V^T
 
 A part never grows, so where its pages lie and how heads share the card is settled once, when it is first attended to:
-an :class:`Index` of 36 bytes a step and 4 a token slot, kept as long as the part is. From then on nothing is read back.
+an :class:`Index` of 32 bytes a step and 4 a token slot, kept as long as the part is. From then on nothing is read back.
 """
 
 import math
@@ -38,19 +38,20 @@ from kvtool.methods.rdkv import RDKV
 from kvtool.rdkv.pages import EXACT, Pages, exact_step, token_levels
 
 WARPS = 4
-_RESIDENT = 2  # programs a multiprocessor holds, by their registers
+_RESIDENT = 3  # programs a multiprocessor holds, by their registers
+_REGISTERS = 168  # of a thread, so that they fit
+_PARTS = 2  # programs that evaluate the mean for one slot
 _MOST_SLOTS = 128  # of a KV head: what one program merges
 
 
 class Index(NamedTuple):
     """Where the pages of one part are, and who reads which.
 
-    positions: int32 [pages, 64] in the kernels' order. heads: int32 [pages], KV head of all sequences.
+    positions: int32 [pages, 64] in token order.
     steps, shares: see decode_levels.py. slots: int32 [B*H + 1], the first slot of each KV head; most: of one head.
     """
 
     positions: Tensor
-    heads: Tensor
     steps: Tensor
     shares: Tensor
     slots: Tensor
@@ -111,29 +112,31 @@ def attend(
         return torch.empty(shape, dtype=dtype, device=queries.device)
 
     pages, slots = len(index.positions), len(index.shares)
-    query, sums = new(programs, 2, G, 2 * ROWS, 32, dtype=torch.int8), new(programs, 2, G, ROWS)
+    query, sums = new(programs, 2, G, 2 * ROWS * 32, dtype=torch.int8), new(programs, 2, G, ROWS)
     query_scale, bias_unit = new(programs, 2, ROWS), new(programs, ROWS)
-    bias = new(pages, blocks * ROWS, packing.PAGE, dtype=torch.int16)
+    bias = new(pages, blocks, ROWS * packing.PAGE, dtype=torch.int16)
     out, lse = new(slots, blocks, ROWS, C), new(slots, blocks, ROWS)
     square = square_map(D, C)
     if torch.version.hip is not None:
         square["num_warps"] = max(1, square["num_warps"] // 2)  # of 64 lanes
     asm = nvidia(queries.device)
-    query_levels.prepare[(2 * programs * ROWS + pages,)](
+    preparing = 2 * programs * ROWS
+    query_levels.prepare[(preparing + slots * blocks * _PARTS,)](
         queries,
         maps.query,
         query,
         query_scale,
         sums,
+        index.shares,
+        index.steps,
         index.positions,
-        index.heads,
         mean.pairs,
         mean.turns,
         mean.means,
         mean.rest,
         bias,
         bias_unit,
-        2 * programs * ROWS,
+        preparing,
         used_rows,
         mean.half,
         *queries.stride()[:3],
@@ -142,6 +145,7 @@ def attend(
         S=S,
         COUNT=mean.pairs.shape[1],
         STILL=mean.still,
+        PARTS=_PARTS,
         ASM=asm,
         PDL=launch.pdl,
         **dims,
@@ -161,7 +165,7 @@ def attend(
             maps.widths,
             index.shares,
             index.steps,
-            bias,
+            bias.view(torch.int32),
             bias_unit,
             out,
             lse,
@@ -175,6 +179,7 @@ def attend(
             ASM=asm,
             PDL=launch.pdl,
             num_warps=WARPS,
+            **({"maxnreg": _REGISTERS} if asm else {}),
             **launch.dependent,
         )
     return merged(out, lse, maps.output, (B, HQ, S, D), dims, launch.pdl, (index.slots, index.most))
@@ -254,7 +259,7 @@ def _mean(layer: LayerCalibration) -> Mean:
     frequency = torch.tensor(rope.inv_freq if rope else [0.0], dtype=torch.float64, device=mean.device)
     turns = (frequency / (2 * math.pi) * 2.0**32)[chosen] * real
     whole = turns.floor()
-    less = ((turns - whole) * 2**16).round()
+    less = ((turns - whole) * 2**31).floor()
     taken = pairs.gather(1, chosen[..., None].expand(-1, -1, 2)) if half else mean.new_zeros(H, count, 2)
     rest = mean.clone()
     rest[:, : 2 * half] = 0
@@ -284,7 +289,6 @@ def _make_index(kv: Pages, layer: LayerCalibration, maps: Maps, positions: Tenso
     counts = F.one_hot(levels, L).sum(2) if T else levels.new_zeros(B, H, L)
     row_pages = kv.key_gains.shape[1] // packing.PAGE
     first_page = torch.zeros(B, H, L, dtype=torch.int64)
-    heads = torch.zeros(B, row_pages, dtype=torch.int32)
     runs: list[list[list[int]]] = [[] for _ in range(B * H)]
     for b, per_head in enumerate(counts.tolist()):
         key_at, value_at = (b * x.shape[1] // 256 for x in (kv.key_codes, kv.value_codes))
@@ -301,7 +305,6 @@ def _make_index(kv: Pages, layer: LayerCalibration, maps: Maps, positions: Tenso
                     runs[b * H + h].append(
                         [key_at, value_at, b * row_pages + page, n, widths, value_width, turn, key_size]
                     )
-                    heads[b, page : page + used] = b * H + h
                     key_at, value_at, page = key_at + used * key_size, value_at + used * value_size, page + used
     order = levels.argsort(dim=-1, descending=True, stable=True)
     by_level = levels.gather(2, order)
@@ -315,8 +318,7 @@ def _make_index(kv: Pages, layer: LayerCalibration, maps: Maps, positions: Tenso
     shares, slots = _shared([len(run) for run in runs], processors(device) * _RESIDENT)
     steps = [step for run in runs for step in run]
     return Index(
-        packing.pack_tokens(at).contiguous(),
-        heads.flatten().to(device),
+        at.view(-1, packing.PAGE),
         torch.tensor(steps, dtype=torch.int32).reshape(-1, decode_levels.RECORD.value).to(device),
         torch.tensor(shares, dtype=torch.int32).reshape(-1, 3).to(device),
         torch.tensor(slots, dtype=torch.int32).to(device),

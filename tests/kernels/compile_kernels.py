@@ -50,7 +50,7 @@ POINTERS = {
     **dict.fromkeys(("TABLES", "CODE_PAGES", "COUNTS", "PLACES", "LISTS", "NUMBER"), "*i32"),
     **dict.fromkeys(("BIAS",), "*i16"),
     **dict.fromkeys(("QUERY_WORDS", "KEY_CODES", "VALUE_CODES", "KEY_GAINS", "VALUE_GAINS", "TABLE"), "*i32"),
-    **dict.fromkeys(("SHARES", "STEPS", "SLOTS", "POSITIONS", "HEADS", "PAIRS", "TURNS"), "*i32"),
+    **dict.fromkeys(("SHARES", "STEPS", "SLOTS", "POSITIONS", "PAIRS", "TURNS", "BIAS_WORDS"), "*i32"),
     **dict.fromkeys(
         ("QUERY_START", "KEY_PAGES", "VALUE_PAGES", "KEY_TABLE", "VALUE_TABLE", "PAGES", "PAGE_TABLE", "WORDS"), "*i32"
     ),
@@ -109,7 +109,7 @@ def level_jobs(dims, square, target):
     """The kernels of rdkv."""
     nvidia, hopper = target != "gfx942", target == "sm_90"
     yield "merge slots", merge.merge, {**dims, **square, "SPLITS": 128}, {"num_warps": 8}
-    mean = {"S": 1, "COUNT": 64, "STILL": False, "ASM": nvidia}
+    mean = {"S": 1, "COUNT": 64, "STILL": False, "PARTS": 2, "ASM": nvidia}
     yield "query levels", query_levels.prepare, {**dims, **square, **mean}, {"num_warps": 8 if nvidia else 4}
     if target != "sm_80":  # half a minute of the compiler's time at head_dim 128
         loop = {"GROUPS": 4 if hopper else 2, "CAPPED": False, "STAGES": 1, "WARPS": 4, "ASM": nvidia, "PDL": hopper}

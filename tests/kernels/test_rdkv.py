@@ -138,8 +138,8 @@ def test_the_index_is_made_once_counted_and_forgotten_with_its_part():
     made = kernels._indices[kv.levels]
     kernels.attend(METHOD, queries, kv, layer, **arguments)
     assert kernels._indices[kv.levels] is made
-    # 4 bytes a token slot and page, 32 a step, 12 a slot, 8 for where the head begins and ends
-    assert kernels.resident(kv) == made.positions.numel() * 4 + 4 * len(made.heads) + 32 + 12 + 8
+    # 4 bytes a token slot, 32 a step, 12 a slot, 8 for where the head begins and ends
+    assert kernels.resident(kv) == made.positions.numel() * 4 + 32 + 12 + 8
     before = len(kernels._indices)
     del kv, made, queries, arguments, _
     assert len(kernels._indices) < before
