@@ -8,7 +8,8 @@ offset in units of the bytes that a look-up gives (fragments.py):
     x_t = cap(c * k_t * sum_i factor_i (128 high_i + low_i - offset_i * Y_i) + bias_t)
     o   = u / 32512 * sum over steps of (sum w_t byte_t - offset sum w_t)              w_t of gain times factor
 
-with Y_i the sum of the query over group i. Keys come in one of two rotations, so there are two prepared queries.
+with Y_i the sum of the query over group i. Keys come in one of two rotations, so there are two prepared queries. The
+bias is the logit of the removed mean (waves.py), worked out while the page's words are on their way.
 """
 
 import triton
@@ -18,6 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kvtool.kernels.decode import _halves, _quad_sum, _weights
 from kvtool.kernels.fragments import fragment_bytes, key_operand, load_table, value_operand
 from kvtool.kernels.planes import SIXTEEN, fragments_of, fragments_of_eight, load_planes
+from kvtool.kernels.waves import mean_logits
 
 RECORD = tl.constexpr(8)  # numbers of a step
 _GAIN_ZERO, _GAIN_STEPS = tl.constexpr(144.0), tl.constexpr(8.0)  # those of rdkv/pages.py
@@ -36,11 +38,15 @@ def decode(
     WIDTHS,  # float32 [11, 2], factor and offset of each width; of 16 bits at 10
     SHARES,  # int32 [slots, 3]: KV head (of all sequences), first step and the step after the last
     STEPS,  # int32 [steps, 8]: keys, values (in 256 bytes), first page, tokens, widths, value width, rotation, key size
-    BIAS_WORDS,  # int32 words of int16 [pages, BLOCKS, 2 (of u), ROWS, 4 q, 4 u, 2 r]
-    BIAS_UNIT,  # float32 [programs, ROWS], times log2 e
+    POSITIONS,  # int32 [pages, 2, 8 g, 4], token 8u + g at u / 4, g and u % 4
+    TURNS,  # int32 [H, 2, COUNT], 2^32 turns per token of a pair of channels, and 2^31 times what is left
+    WAVE_WORDS,  # int32 words of float16, as query_levels.py stores them
+    WAVE_UNIT,  # float32 [programs, 2, ROWS]
     OUT,  # float32 [slots, BLOCKS, ROWS, 32*GROUPS]
     LSE,  # float32 [slots, BLOCKS, ROWS], log2
     softcap,
+    H: tl.constexpr,
+    COUNT: tl.constexpr,  # pairs of channels in which the mean turns, a power of two
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -60,7 +66,6 @@ def decode(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    bias_unit = tl.load(BIAS_UNIT + program * ROWS + rows)[None, :, None]
 
     m = tl.full([WARPS, ROWS], -1e30, tl.float32)
     u = tl.full([WARPS, ROWS], 2.0**-24, tl.float32)  # the same in every row
@@ -86,19 +91,20 @@ def decode(
             width = widths >> 4 * i & 15
             key_planes = key_planes + (load_planes(at, used, width),)
             at += 64 * tl.minimum(width, 8)
-        early, late = _load_biases(BIAS_WORDS, page, used, block, BLOCKS, WARPS, ROWS)
         key_gains, value_gains = _load_gains(KEY_GAINS, page, used, WARPS), _load_gains(VALUE_GAINS, page, used, WARPS)
         turned = program * 2 + turn
+        scale = tl.load(QUERY_SCALE + turned * ROWS + rows)
         shift = tl.zeros([ROWS], tl.float32)
         for i in tl.static_range(GROUPS):
             width = widths >> 4 * i & 15
-            factor, offset = tl.load(WIDTHS + 2 * width), tl.load(WIDTHS + 2 * width + 1)
+            factor, offset = tl.load(WIDTHS + 2 * width) * scale, tl.load(WIDTHS + 2 * width + 1)
             shift += factor * offset * tl.load(QUERY_SUMS + (turned * GROUPS + i) * ROWS + rows)
-            factors = factors + (factor,)
+            factors = factors + (factor[None, :, None],)
         value_factor, value_offset = tl.load(WIDTHS + 2 * value_width), tl.load(WIDTHS + 2 * value_width + 1)
-        scale = tl.load(QUERY_SCALE + turned * ROWS + rows)
 
-        x = tl.zeros([WARPS, ROWS, 64], tl.float32)
+        bias = mean_logits(WAVE_WORDS, WAVE_UNIT, POSITIONS, TURNS, page, used, program, head % H, turn >> 1,
+                           COUNT, WARPS, ROWS, ASM)  # fmt: skip
+        x = tl.zeros([WARPS, ROWS, 64], tl.float32) - shift[None, :, None]
         at = key_at
         value_unit = 64 * tl.minimum(value_width, 8)
         for i in tl.static_range(GROUPS):
@@ -112,8 +118,7 @@ def decode(
             x += factors[i] * part
             value_planes = value_planes + (load_planes(value_at + i * value_unit, used, value_width),)
             at += 64 * tl.minimum(width, 8)
-        x = (x - shift[None, :, None]) * _gains(key_gains, WARPS, ROWS) * scale[None, :, None]
-        x += _biases(early, late, WARPS, ROWS) * bias_unit
+        x = x * _gains(key_gains, WARPS, ROWS) + bias
         if CAPPED:
             # tanh z = 1 - 2 / (e^2z + 1), in units of log2
             x = softcap * (1 - 2 / (tl.exp2(x * (2.8853900817779268 / softcap)) + 1))
@@ -187,20 +192,3 @@ def _gains(words, W: tl.constexpr, ROWS: tl.constexpr):
     gains = tl.exp2(codes.to(tl.float32) * (1 / _GAIN_STEPS) - _GAIN_ZERO / _GAIN_STEPS)
     gains = gains.reshape(W, 8, 4, 8, 2).permute(0, 1, 3, 2, 4).reshape(W, 1, 8, 64)
     return gains.broadcast_to(W, ROWS // 8, 8, 64).reshape(W, ROWS, 64)
-
-
-@triton.jit
-def _load_biases(pointer, page, used, block, BLOCKS: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr):
-    """The words of the biases of each warp's ``page`` [W, 1], those of u below 4 and the others, [W, 16*ROWS] each."""
-    word = tl.arange(0, 16 * ROWS)[None, :]
-    at = pointer + (page.to(tl.int64) * BLOCKS + block) * (32 * ROWS) + word
-    mask = used & (word >= 0)
-    return tl.load(at, mask=mask, other=0), tl.load(at + 16 * ROWS, mask=mask, other=0)
-
-
-@triton.jit
-def _biases(early, late, W: tl.constexpr, ROWS: tl.constexpr):
-    """Biases float32 [W, ROWS, 64] in token order."""
-    words = tl.join(early, late).reshape(W, ROWS, 4, 4, 2)  # [W, row, q, u, u]
-    x = tl.join(words << 16 >> 16, words >> 16).permute(0, 1, 4, 3, 2, 5)  # [W, row, u, u, q, r]
-    return x.reshape(W, ROWS, 64).to(tl.float32)

@@ -40,14 +40,13 @@ from kvtool.rdkv.pages import EXACT, Pages, exact_step, token_levels
 WARPS = 4
 _RESIDENT = 3  # programs a multiprocessor holds, by their registers
 _REGISTERS = 168  # of a thread, so that they fit
-_PARTS = 2  # programs that evaluate the mean for one slot
 _MOST_SLOTS = 128  # of a KV head: what one program merges
 
 
 class Index(NamedTuple):
     """Where the pages of one part are, and who reads which.
 
-    positions: int32 [pages, 64] in token order.
+    positions: int32 [pages, 2, 8, 4], as decode_levels.py takes them.
     steps, shares: see decode_levels.py. slots: int32 [B*H + 1], the first slot of each KV head; most: of one head.
     """
 
@@ -69,9 +68,9 @@ class Maps(NamedTuple):
 
 
 class Mean(NamedTuple):
-    """The mean of a layer's keys, by the pairs of channels in which it turns; see query_levels.py."""
+    """The mean of a layer's keys, by the pairs of channels in which it turns; see query_levels.py and waves.py."""
 
-    pairs: Tensor
+    channels: Tensor
     turns: Tensor
     means: Tensor
     rest: Tensor
@@ -111,42 +110,34 @@ def attend(
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=queries.device)
 
-    pages, slots = len(index.positions), len(index.shares)
+    slots, count = len(index.shares), mean.turns.shape[2]
     query, sums = new(programs, 2, G, 2 * ROWS * 32, dtype=torch.int8), new(programs, 2, G, ROWS)
-    query_scale, bias_unit = new(programs, 2, ROWS), new(programs, ROWS)
-    bias = new(pages, blocks, ROWS * packing.PAGE, dtype=torch.int16)
+    query_scale, wave_unit = new(programs, 2, ROWS), new(programs, 2, ROWS)
+    waves = new(programs, 4 * count * ROWS, dtype=torch.float16)
     out, lse = new(slots, blocks, ROWS, C), new(slots, blocks, ROWS)
     square = square_map(D, C)
     if torch.version.hip is not None:
         square["num_warps"] = max(1, square["num_warps"] // 2)  # of 64 lanes
     asm = nvidia(queries.device)
-    preparing = 2 * programs * ROWS
-    query_levels.prepare[(preparing + slots * blocks * _PARTS,)](
+    query_levels.prepare[(3 * programs * ROWS,)](
         queries,
         maps.query,
         query,
         query_scale,
         sums,
-        index.shares,
-        index.steps,
-        index.positions,
-        mean.pairs,
-        mean.turns,
+        mean.channels,
         mean.means,
         mean.rest,
-        bias,
-        bias_unit,
-        preparing,
+        waves,
+        wave_unit,
         used_rows,
         mean.half,
         *queries.stride()[:3],
         scale * LOG2E,
         layer.rope.scaling if layer.rope else 1.0,
         S=S,
-        COUNT=mean.pairs.shape[1],
+        COUNT=count,
         STILL=mean.still,
-        PARTS=_PARTS,
-        ASM=asm,
         PDL=launch.pdl,
         **dims,
         **square,
@@ -165,11 +156,15 @@ def attend(
             maps.widths,
             index.shares,
             index.steps,
-            bias.view(torch.int32),
-            bias_unit,
+            index.positions,
+            mean.turns,
+            waves.view(torch.int32),
+            wave_unit,
             out,
             lse,
             (softcap or 0.0) * LOG2E,
+            H=H,
+            COUNT=count,
             ROWS=ROWS,
             BLOCKS=blocks,
             GROUPS=G,
@@ -265,8 +260,8 @@ def _mean(layer: LayerCalibration) -> Mean:
     rest[:, : 2 * half] = 0
     wrapped = torch.where(whole >= 2.0**31, whole - 2.0**32, whole).to(torch.int32)
     return Mean(
-        torch.stack([chosen, less.long()], -1).to(torch.int32).contiguous(),
-        wrapped.contiguous(),
+        chosen.to(torch.int32),
+        torch.stack([wrapped, less.to(torch.int32)], 1),
         (taken * real[..., None]).contiguous(),
         rest,
         half,
@@ -318,7 +313,7 @@ def _make_index(kv: Pages, layer: LayerCalibration, maps: Maps, positions: Tenso
     shares, slots = _shared([len(run) for run in runs], processors(device) * _RESIDENT)
     steps = [step for run in runs for step in run]
     return Index(
-        at.view(-1, packing.PAGE),
+        at.view(-1, 2, 4, 8).mT.contiguous(),
         torch.tensor(steps, dtype=torch.int32).reshape(-1, decode_levels.RECORD.value).to(device),
         torch.tensor(shares, dtype=torch.int32).reshape(-1, 3).to(device),
         torch.tensor(slots, dtype=torch.int32).to(device),

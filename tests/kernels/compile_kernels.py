@@ -46,11 +46,11 @@ POINTERS = {
     **dict.fromkeys(("KINDS", "EXTRA_INDEX", "EXTRA_BITS", "EXTRA_LEVELS"), "*u8"),
     **dict.fromkeys(("KEY_SCALES", "VALUE_SCALES", "SCALES"), "*fp16"),
     **dict.fromkeys(("KEY_NORMS", "KEY_STEPS", "KEY_MINIMA", "VALUE_STEPS", "VALUE_MINIMA"), "*fp16"),
-    **dict.fromkeys(("CODE_SCALES", "ESTIMATES", "TERMS", "STEP_COS", "STEP_SIN"), "*fp16"),
+    **dict.fromkeys(("CODE_SCALES", "WAVES", "ESTIMATES", "TERMS", "STEP_COS", "STEP_SIN"), "*fp16"),
     **dict.fromkeys(("TABLES", "CODE_PAGES", "COUNTS", "PLACES", "LISTS", "NUMBER"), "*i32"),
     **dict.fromkeys(("BIAS",), "*i16"),
     **dict.fromkeys(("QUERY_WORDS", "KEY_CODES", "VALUE_CODES", "KEY_GAINS", "VALUE_GAINS", "TABLE"), "*i32"),
-    **dict.fromkeys(("SHARES", "STEPS", "SLOTS", "POSITIONS", "PAIRS", "TURNS", "BIAS_WORDS"), "*i32"),
+    **dict.fromkeys(("SHARES", "STEPS", "SLOTS", "POSITIONS", "CHANNEL", "TURNS", "WAVE_WORDS"), "*i32"),
     **dict.fromkeys(
         ("QUERY_START", "KEY_PAGES", "VALUE_PAGES", "KEY_TABLE", "VALUE_TABLE", "PAGES", "PAGE_TABLE", "WORDS"), "*i32"
     ),
@@ -109,11 +109,11 @@ def level_jobs(dims, square, target):
     """The kernels of rdkv."""
     nvidia, hopper = target != "gfx942", target == "sm_90"
     yield "merge slots", merge.merge, {**dims, **square, "SPLITS": 128}, {"num_warps": 8}
-    mean = {"S": 1, "COUNT": 64, "STILL": False, "PARTS": 2, "ASM": nvidia}
+    mean = {"S": 1, "COUNT": 64, "STILL": False}
     yield "query levels", query_levels.prepare, {**dims, **square, **mean}, {"num_warps": 8 if nvidia else 4}
     if target != "sm_80":  # half a minute of the compiler's time at head_dim 128
         loop = {"GROUPS": 4 if hopper else 2, "CAPPED": False, "STAGES": 1, "WARPS": 4, "ASM": nvidia, "PDL": hopper}
-        yield "levels", decode_levels.decode, {"ROWS": 8, "BLOCKS": 1, **loop}, {"num_warps": 4}
+        yield "levels", decode_levels.decode, {**dims, "COUNT": 64, **loop}, {"num_warps": 4}
 
 
 def top_p_jobs(dims, target):
