@@ -86,7 +86,7 @@ def decode(
     PARTS: tl.constexpr,  # sub-spaces of a group, 1 or 2
     KEY_STAGES: tl.constexpr,
     VALUE_STAGES: tl.constexpr,
-    EXTRA: tl.constexpr,  # 0, or extra_n rounded up to 16 or 32
+    EXTRA: tl.constexpr,  # 0, or 32: of extra_n keys, and as many as a product of float16 has to have, see _placed
     BIASED: tl.constexpr,
     CAPPED: tl.constexpr,
     PDL: tl.constexpr,
@@ -305,7 +305,11 @@ def _extra_operand(
 
 @triton.jit
 def _placed(x, onehot, W: tl.constexpr, ROWS: tl.constexpr, EXTRA: tl.constexpr):
-    """``x`` [W, ROWS, EXTRA] at the places of ``onehot`` [W, EXTRA, 64], good to 21 bits."""
+    """``x`` [W, ROWS, EXTRA] at the places of ``onehot`` [W, EXTRA, 64], good to 21 bits.
+
+    What is traced to loads of bytes is given to lanes 8 at a time, so a product needs at least 32 numbers to sum: of 16
+    Triton 3.6 multiplies half, with the wrong partners.
+    """
     high = x.to(tl.float16)
     low = (x - high.to(tl.float32)).to(tl.float16)
     both = tl.join(high, low).reshape(W, ROWS // 8, 8, EXTRA, 2).permute(0, 1, 4, 2, 3).reshape(W, 2 * ROWS, EXTRA)

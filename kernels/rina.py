@@ -163,7 +163,7 @@ def attend(
         PARTS=max(1, packing.GROUP // width),
         KEY_STAGES=method.k_stages,
         VALUE_STAGES=method.v_stages,
-        EXTRA=0 if not method.extra else 16 if method.extra <= 16 else 32,
+        EXTRA=32 if method.extra else 0,
         BIASED=biased,
         CAPPED=softcap is not None,
         STAGES=launch.stages or 3,

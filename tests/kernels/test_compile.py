@@ -22,9 +22,10 @@ def test_kernels_compile(target, tmp_path):
     assert {"prepare", "merge", "mean", "encode", "tail", "decode 4"} <= set(found)
     for record in found.values():
         assert record["stack"] == 0, record
+        assert record["narrow"] == 0, record
         assert record["shared"] <= SHARED[target], record
     if target == "sm_90":
-        assert {"affine", "decode gains", "h1b", "rina"} <= set(found)
+        assert {"affine", "decode gains", "h1b", "rina", "rina extra"} <= set(found)
         # registers decide how many programs are resident, which the choice of splits relies on
         assert found["decode_gluon 4"]["registers"] <= 128
         assert found["decode_gluon mixed"]["registers"] <= 128
