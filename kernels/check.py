@@ -97,6 +97,7 @@ _METHODS: list[tuple[str, dict[str, Any], Shape]] = [
     ("rina", {"subspace": 16, "k_stages": 2, "v_stages": 2}, Shape(80, 3, S=3, N=3)),
     ("rina", {"extra": 16}, Shape(64, 4, N=33)),
     ("rina", {"target_bits": 2.0}, Shape(64, 3)),
+    ("rina", {"variant": "published"}, Shape(64, 4)),
     ("rdkv", {"budget": "25%"}, Shape(64, 3, N=9)),
     ("rabitq", {"k_bits": 4, "v_bits": 2}, Shape(64, 4)),
     ("rabitq", {"mode": "topp"}, Shape(128, 4, N=17)),

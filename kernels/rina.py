@@ -58,9 +58,6 @@ def refuses(method: RINA, *, gluon: bool = False) -> str | None:
         return "rina as published has levels of tiles, and the kernels read levels of tokens"
     if method.target_bits is not None:
         return transform.refuses(method.placed, gluon=gluon)
-    if method.extra:
-        # right in Triton's interpreter, and on the card for one step of pages, but not for many
-        return "rina with extra stages of some keys was wrong on an H100"
     return "rina has levels per sub-space, which only the triton back end reads" if gluon else None
 
 

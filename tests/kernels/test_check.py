@@ -37,7 +37,7 @@ def test_a_listing_needs_neither_a_gpu_nor_the_interpreter():
 
 
 def test_cases_pass_and_what_no_back_end_would_run_is_skipped(monkeypatch, capsys):
-    code, said = run(monkeypatch, capsys, "8 bits, D 64", "encode 2", "tail of 1 ", "extra=")
+    code, said = run(monkeypatch, capsys, "8 bits, D 64", "encode 2", "tail of 1 ", "published")
     assert code == 0, said
     verdicts = [line.split()[0] for line in said.out.splitlines()]
     dialects = 2 if torch.cuda.is_available() else 1
