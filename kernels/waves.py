@@ -3,7 +3,8 @@
     q . R(n) m = sum_c  a_c cos(n t_c) + b_c sin(n t_c)
 
 Tokens that were kept are not consecutive, so every cosine is taken anew, once for all query rows of a program: phases
-are integers in units of 2^-32 turns, which wrap by themselves. ``query_levels.py`` prepares a and b.
+are integers in units of 2^-32 turns, which wrap by themselves, counted from those of a page's first token.
+``query_levels.py`` prepares a and b.
 """
 
 import triton
@@ -23,13 +24,14 @@ def mean_logits(
     zero: 0, but the compiler must not know: what is the same for all pages would fill the registers.
     """
     rows = tl.arange(0, ROWS)
-    n = _positions(POSITIONS, page, used, W)
+    first = tl.load(POSITIONS + page.to(tl.int64) * 64, mask=used, other=0)[:, :, None]
+    n = _positions(POSITIONS, page, used, W) - first
     x = tl.zeros([W, 2 * ROWS, 64], tl.float32)
     for k in tl.static_range(COUNT // CHUNK):
         pair = TURNS + 2 * h * COUNT + zero + k * CHUNK + tl.arange(0, CHUNK)
         turns, less = tl.load(pair)[None, :, None], tl.load(pair + COUNT)[None, :, None]
-        # 32 bits of a turn are off by n * 2^-32 turns; 31 more bits of the frequency mend that
-        phase = n * turns + tl.umulhi(n + n, less)
+        # 32 bits of a turn are off by n * 2^-33 turns; 31 more bits of the frequency mend that for a page's first token
+        phase = first * turns + tl.umulhi(first + first, less) + n * (turns + (less >> 30))
         cos, sin = _circle(phase.to(tl.float32) * 1.4629180792671596e-9, ASM)  # 2 pi / 2^32
         at = WAVE_WORDS + (program * (COUNT // CHUNK) + k) * (32 * ROWS) + zero
         x = tl.dot(_operand(at, W, ROWS), cos.to(tl.float16), x)

@@ -40,14 +40,14 @@ def calibrated(D, H, group, seed=0, widths=None, rotary=None):
     return LayerCalibration(0, shape, rope, {name: tensor.to(DEVICE) for name, tensor in tensors.items()})
 
 
-def both(layer, levels, S=1, softcap=None, seed=1, start=70_000, scale=None):
+def both(layer, levels, S=1, softcap=None, seed=1, start=70_000, scale=None, apart=1):
     """What kernel and reference make of random tokens at ``levels`` [B, H, T]."""
     g = torch.Generator().manual_seed(seed)
     B, H, T = levels.shape
     D = layer.shape.head_dim
     keys, values = (torch.randn(2, B, H, T, D, generator=g)).to(DEVICE)
     queries = torch.randn(B, layer.shape.num_heads, S, D, generator=g).to(DEVICE)
-    positions = torch.arange(start, start + T, device=DEVICE)
+    positions = start + apart * torch.arange(T, device=DEVICE)
     kv = pages.pack(keys, values, levels.to(DEVICE), layer, positions)
     arguments = {"positions": positions, "scale": scale or layer.shape.scale, "softcap": softcap}
     exact = METHOD.attend(queries, kv, layer, **arguments)
@@ -122,6 +122,11 @@ def test_a_mean_in_few_channels_without_rotary_embedding_or_none():
 def test_a_million_tokens_away_the_mean_is_still_right():
     layer = calibrated(64, 1, 2)
     agree(*both(layer, drawn_levels(1, 1, 130, among=(2,)), start=1_000_000)[:2])
+
+
+def test_so_is_it_where_the_tokens_of_a_page_are_far_apart():
+    layer = calibrated(64, 1, 2)
+    agree(*both(layer, drawn_levels(1, 1, 130, among=(2,)), start=3, apart=8_000)[:2])
 
 
 def test_a_sequence_of_a_batch_is_read_as_if_it_were_alone():
