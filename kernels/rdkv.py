@@ -38,7 +38,7 @@ from kvtool.methods.rdkv import RDKV
 from kvtool.rdkv.pages import EXACT, Pages, exact_step, token_levels
 
 WARPS = 4
-_RESIDENT = 3  # programs a multiprocessor holds, by their registers
+_RESIDENT = 3  # programs a multiprocessor holds, of up to 4 groups and 8 rows
 _REGISTERS = 168  # of a thread, so that they fit
 _MOST_SLOTS = 128  # of a KV head: what one program merges
 
@@ -174,7 +174,7 @@ def attend(
             ASM=asm,
             PDL=launch.pdl,
             num_warps=WARPS,
-            **({"maxnreg": _REGISTERS} if asm else {}),
+            **({"maxnreg": _REGISTERS} if asm and G <= 4 and ROWS == 8 else {}),
             **launch.dependent,
         )
     return merged(out, lse, maps.output, (B, HQ, S, D), dims, launch.pdl, (index.slots, index.most))
@@ -310,7 +310,8 @@ def _make_index(kv: Pages, layer: LayerCalibration, maps: Maps, positions: Tenso
     kept = by_level > 0
     at = torch.zeros(B * row_pages * packing.PAGE, dtype=torch.int32, device=device)
     at[place[kept]] = positions.to(torch.int32)[order[kept]]
-    shares, slots = _shared([len(run) for run in runs], processors(device) * _RESIDENT)
+    resident = _RESIDENT if G <= 4 else 2
+    shares, slots = _shared([len(run) for run in runs], processors(device) * resident)
     steps = [step for run in runs for step in run]
     return Index(
         at.view(-1, 2, 4, 8).mT.contiguous(),
