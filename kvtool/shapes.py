@@ -93,6 +93,7 @@ class CacheShape(BaseModel):
 
     layers: tuple[LayerShape, ...] = Field(min_length=1)
     ropes: tuple[Rope, ...] = ()
+    context: int | None = Field(None, ge=1, description="tokens that the model takes at most, if it says")
 
     @property
     def compressible(self) -> list[int]:

@@ -116,7 +116,7 @@ class RINA(Method):
         return (
             None
             if self.target_bits is None
-            else Placed(bits=self.target_bits, scope="model", guard=0.25, seed=self.seed)
+            else Placed(bits=self.target_bits, scope="model", guard=0.25, context=None, seed=self.seed)
         )
 
     def data_free(self) -> Self | None:

@@ -40,6 +40,7 @@ from kvtool.transform import keeping, waterfill, worth
 from kvtool.transform.code import Code, Coded
 from kvtool.transform.fit import Samples, Statistics
 from kvtool.transform.ladder import SIDES, LadderKV
+from kvtool.units import parse_tokens
 
 if TYPE_CHECKING:
     from kvtool.capture import Capture
@@ -78,9 +79,12 @@ class Transform(Method):
     guard: float = Field(
         0.25, gt=0, le=1, description="share of a page's tokens beyond the calibrated range that makes it plain"
     )
+    context: str | None = Field(None, description="longest context served, e.g. 32k; the model's own if not given")
     seed: int = Field(0, ge=0, description="of the random rotations")
 
     def __post_init__(self) -> None:
+        if self.context is not None:
+            parse_tokens(self.context)
         if self.evicts:
             # which tokens stay is a choice among all of a prompt
             object.__setattr__(self, "block", None)
@@ -191,7 +195,7 @@ class Transform(Method):
         statistics, plain, options = {}, {}, {}
         for i in layers:
             samples = partial(capture.samples, i)
-            statistics[i] = fitting.statistics(samples)
+            statistics[i] = fitting.statistics(samples, self.longest(capture.shape))
             plain[i] = self.plain(capture.shape.layers[i], i)
             options[i] = [
                 waterfill.candidates(side, statistics[i], samples, plain[i][side], self.bits, self.widest)
@@ -225,6 +229,10 @@ class Transform(Method):
             for i in scope:
                 chosen[i] = [next(picked) for _ in SIDES]
         return chosen
+
+    def longest(self, shape: CacheShape) -> int | None:
+        """Tokens of the longest context served, if it is known."""
+        return shape.context if self.context is None else parse_tokens(self.context)
 
     def plain(self, shape: LayerShape, layer: int) -> dict[str, Tensor]:
         """The random rotations of a layer, for pages outside its statistics."""
@@ -274,7 +282,7 @@ def _fit_side(
 ) -> dict[str, Tensor]:
     """The tensors of one side of one layer."""
     first = next(iter(samples()))
-    examples = fitting.vectors(side, first, statistics)[:, first.positions >= centring.SINKS][
+    examples = fitting.examples(side, first, statistics)[:, first.positions >= centring.SINKS][
         :, :: max(1, first.keys.shape[1] // 4096)
     ]
     code = waterfill.build(side, candidate, statistics, plain, examples)

@@ -84,7 +84,9 @@ def geometry(model: nn.Module) -> Geometry:
             f"layers {_ranges(unsure)}: no half-split rotary table reproduces the keys, pre-RoPE keys are not to be had"
         )
     modules = {i: call.module for i, call in calls.items()}
-    return Geometry(CacheShape(layers=tuple(layers), ropes=tuple(ropes)), reasons, tuple(notes), modules)
+    longest = getattr(config, "max_position_embeddings", None) or None
+    shape = CacheShape(layers=tuple(layers), ropes=tuple(ropes), context=longest)
+    return Geometry(shape, reasons, tuple(notes), modules)
 
 
 def text_config(model: nn.Module) -> Any:

@@ -5,6 +5,7 @@ One layer at a time, one sample at a time; what is kept between samples does not
 Keys.    delta_n = k_n - R(n) mu.  M = E[q q^T] over the queries of a KV head, C = E[delta delta^T].  The basis is
          W = U^T M^(1/2) with U the eigenvectors of M^(1/2) C M^(1/2), so that the squared error of the coefficients is
          the mean squared error of the logits.
+         C and M are those of all places that the text may take in the served context (reach.py).
 Values.  Either a random rotation, or the same construction with M = sum_h W_O,h^T W_O,h and with C over values of unit
          length. Their decoder is fitted to attention outputs, not to values: with o = sum_t p_t v_t and
          f = sum_t p_t g_t c_t summed with the same weights,  A = argmin sum_q |o_q - f_q A|^2 + ridge |A - a A_0|^2,
@@ -23,6 +24,7 @@ from kvtool import centring, rotation
 from kvtool.packing import GROUP
 from kvtool.shapes import LayerShape
 from kvtool.transform import code as chain
+from kvtool.transform import reach
 from kvtool.transform.code import Code
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ class Statistics:
 
     mean: [H, D]. keys: C, [H, D, D]. queries: M, [H, D, D]. values: of unit vectors in the metric ``outputs``.
     outputs: [H, D, D]. value_power: [H]. stream: mean log of the squared norm of the residual stream, or None.
+    far: positions by which the served context is longer than the samples.
     """
 
     mean: Tensor
@@ -52,13 +55,17 @@ class Statistics:
     outputs: Tensor
     value_power: Tensor
     stream: float | None
+    far: int = 0
 
 
-def statistics(samples: "Samples") -> Statistics:
-    """Read every sample twice: the mean first, then what remains around it."""
+def statistics(samples: "Samples", context: int | None = None) -> Statistics:
+    """Read every sample twice: the mean first, then what remains around it.
+
+    context: the longest context served, if it may be longer than the samples.
+    """
     mean = centring.fit_mean(samples(), "rotated")
     sums: dict[str, Tensor] = {}
-    tokens = asked = 0
+    tokens = asked = seen = 0
     stream: list[Tensor] = []
     metric = None
     for sample in samples():
@@ -77,19 +84,22 @@ def statistics(samples: "Samples") -> Statistics:
         for name, moment in moments.items():
             sums[name] = sums.get(name, 0) + moment.double()
         tokens += delta.shape[1]
+        seen = max(seen, int(sample.positions[-1]) + 1)
         norms = getattr(sample, "stream", None)
         if norms is not None:
             stream.append(norms[keep].clamp_min(1e-20).log().double())
     assert metric is not None
     queries = sums["queries"] / asked if asked else torch.eye(D).expand(H, D, D).double()
+    far = max(0, (context or 0) - seen)
     return Statistics(
         mean=mean,
-        keys=sums["keys"] / tokens,
-        queries=queries,
+        keys=reach.averaged(sums["keys"] / tokens, sample.rope, far),
+        queries=reach.averaged(queries, sample.rope, far),
         values=sums["values"] / tokens,
         outputs=metric,
         value_power=(sums["power"] / (tokens * D)).float(),
         stream=float(torch.cat(stream).mean()) if stream else None,
+        far=far,
     )
 
 
@@ -109,6 +119,12 @@ def output_metric(sample: "LayerSample") -> Tensor:
 def vectors(side: str, sample: "LayerSample", statistics: Statistics) -> Tensor:
     """What the codes of a side are made for, [H, T, D]."""
     return centred(sample, statistics.mean) if side == "key" else sample.values.float()
+
+
+def examples(side: str, sample: "LayerSample", statistics: Statistics) -> Tensor:
+    """The same wherever they may stand in the served context."""
+    x = vectors(side, sample, statistics)
+    return reach.moved(x, sample.rope, sample.positions, statistics.far) if side == "key" else x
 
 
 def sharpened(metric: Tensor) -> Tensor:

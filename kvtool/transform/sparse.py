@@ -78,7 +78,7 @@ def fit(method: "Transform", capture: "Capture", progress: Progress | None = Non
     layers, plain = {}, {}
     for done, i in enumerate(capture.layers):
         plain[i] = method.plain(capture.shape.layers[i], i)
-        layers[i] = study(partial(capture.samples, i), plain[i], method.bits)
+        layers[i] = study(partial(capture.samples, i), plain[i], method.bits, method.longest(capture.shape))
         if progress:
             progress(done + 1, 2 * len(capture.layers))
     made: dict[str, Tensor] = {}
@@ -99,9 +99,9 @@ def share(method: "Transform", shape: CacheShape, options: Mapping[int, Sequence
     return dict(zip(options, waterfill.share(list(options.values()), budget), strict=True))
 
 
-def study(samples: Samples, plain: dict[str, Tensor], bits: float) -> Layer:
-    """Everything that is measured of a layer; see 1 to 3 above."""
-    statistics = fitting.statistics(samples)
+def study(samples: Samples, plain: dict[str, Tensor], bits: float, context: int | None = None) -> Layer:
+    """Everything that is measured of a layer; see 1 to 3 above. context: the longest served."""
+    statistics = fitting.statistics(samples, context)
     some = list(islice(samples(), _SAMPLES))
     for sample in some:
         if sample.queries is None or sample.queries.shape[1] != sample.keys.shape[1]:
@@ -170,7 +170,7 @@ def tensors(choice: Choice, layer: Layer, plain: dict[str, Tensor], samples: Sam
     }
     for side in ladder.SIDES:
         turn, variance = basis_of(side, statistics, layer.kind, plain)
-        x = fitting.vectors(side, first, statistics)[:, keep][:, :: max(1, int(keep.sum()) // 4096)]
+        x = fitting.examples(side, first, statistics)[:, keep][:, :: max(1, int(keep.sum()) // 4096)]
         levels = [widths[ladder.SIDES.index(side)] for widths in choice.widths]
         levels += [levels[-1]] * (ladder.LEVELS - 1 - len(levels))
         codes = [fitting.make_code(turn, variance, own, x) for own in levels]

@@ -21,6 +21,7 @@ from kvtool.allocation import allocate
 from kvtool.packing import GROUP, groups
 from kvtool.transform import code as chain
 from kvtool.transform import fit as fitting
+from kvtool.transform import reach
 from kvtool.transform.code import Code
 from kvtool.transform.fit import Samples, Statistics
 
@@ -166,13 +167,13 @@ def _measure(
         sample = beginning(whole, _TOKENS)
         seen = fitting.attention_of(sample, _QUERIES)
         keep = sample.positions >= centring.SINKS
-        x = fitting.vectors(side, sample, statistics)
+        x, away = (of(side, sample, statistics) for of in (fitting.vectors, fitting.examples))
         for key, ((turn, variance), widths) in wanted.items():
             if key not in codes:
-                codes[key] = fitting.make_code(turn, variance, widths, x[:, keep][:, ::2])
+                codes[key] = fitting.make_code(turn, variance, widths, away[:, keep][:, ::2])
         if seen is None:
             for key, code in codes.items():
-                rest = x - chain.features(chain.encode(x, code), code) @ chain.decoder(code)
+                rest = away - chain.features(chain.encode(away, code), code) @ chain.decoder(code)
                 errors[key] += float(rest[:, keep].square().mean())
             power += float(x[:, keep].square().mean())
             continue
@@ -181,9 +182,10 @@ def _measure(
         if side == "key":
             exact = seen.logits.softmax(-1) @ values
             for key, code in codes.items():
-                read = chain.features(chain.encode(x, code), code) @ chain.decoder(code)
+                rest = chain.features(chain.encode(away, code), code) @ chain.decoder(code) - away
+                rest = reach.moved(rest, sample.rope, sample.positions, statistics.far, back=True)
                 # what is added to the exact logits is the error of the coded tokens alone
-                found = fitting.logits(seen.queries, sample.keys.float() + (read - x), sample.shape)
+                found = fitting.logits(seen.queries, sample.keys.float() + rest, sample.shape)
                 found = torch.where(seen.coded, found, seen.logits).softmax(-1) @ values
                 errors[key] += cost_of(found - exact, metric)
             power += cost_of(exact, metric)

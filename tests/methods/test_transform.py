@@ -7,14 +7,14 @@ import torch
 
 from kvtool import attention, codebooks, packing
 from kvtool.capture.sample import LayerSample
-from kvtool.errors import MethodOptionError, ModelError
+from kvtool.errors import InputError, MethodOptionError, ModelError
 from kvtool.methods import make_method
 from kvtool.methods.base import LayerCalibration, nbytes
 from kvtool.methods.transform import maps, widths
 from kvtool.shapes import CacheShape, LayerKind, LayerShape, Rope
 from kvtool.transform import code as chain
 from kvtool.transform import fit as fitting
-from kvtool.transform import waterfill
+from kvtool.transform import reach, waterfill
 
 STREAMS = (1.0, 1e4)  # squared norms of the residual stream of the two layers
 
@@ -274,3 +274,67 @@ def test_a_budget_that_buys_nothing_is_refused():
         waterfill.share(options, 20)
     with pytest.raises(MethodOptionError, match="bits"):
         make_method("transform", {"bits": 0.05})
+
+
+# tokens where none were captured
+
+
+@pytest.mark.parametrize("far", [0, 1, 777])
+def test_moments_are_averaged_over_all_places(far):
+    rope = Rope(inv_freq=(1.0, 0.2, 0.2, 1e-4, 0.0), scaling=1.3)
+    x = torch.randn(2, 50, 13, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    moment = x.mT @ x
+    unscaled = Rope(inv_freq=rope.inv_freq)
+    turned = (unscaled.rotate(x, torch.full((50,), n)).double() for n in range(far + 1))
+    expected = sum(y.mT @ y for y in turned) / (far + 1)
+    torch.testing.assert_close(reach.averaged(moment, rope, far), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_tokens_are_moved_and_brought_back():
+    rope = Rope(inv_freq=(1.0, 0.01), scaling=1.3)
+    x, positions = torch.randn(2, 40, 6, generator=torch.Generator().manual_seed(0)), torch.arange(40)
+    away = reach.moved(x, rope, positions, 5000)
+    assert nmse(away, x) > 0.5
+    torch.testing.assert_close(away.norm(dim=-1), x.norm(dim=-1))
+    torch.testing.assert_close(reach.moved(away, rope, positions, 5000, back=True), x, rtol=1e-4, atol=1e-4)
+
+
+class Slow(FakeCapture):
+    """Keys whose spectrum is steep before the rotary embedding, which turns them by less than a circle in T tokens."""
+
+    def sample(self, layer, seed, start=0):
+        sample = super().sample(layer, seed, start)
+        rope = Rope(inv_freq=tuple(x / 50 for x in sample.rope.inv_freq))
+        g = torch.Generator().manual_seed(seed)
+        H, T, D = sample.keys.shape
+        spread = torch.exp(-torch.arange(D) / 4.0)
+        keys = rope.rotate(1 + spread * torch.randn(H, T, D, generator=g), sample.positions)
+        return replace(sample, rope=rope, keys=keys)
+
+
+def test_a_served_context_beyond_the_capture_is_fitted():
+    """What was fitted to 320 tokens is as good 3000 tokens on as a served context says, and worse without."""
+    errors = {}
+    for context in (None, "4k"):
+        made = Slow()
+        method = make_method("transform", {"bits": 2.25, "context": context})
+        tensors = method.fit(made)
+        own = {k.split(".", 2)[2]: v for k, v in tensors.items() if k.startswith("layers.0.")}
+        for start in (0, 3000):
+            sample = made.sample(0, 7, start)
+            layer = LayerCalibration(0, sample.shape, sample.rope, own)
+            kv, _ = method.compress(sample.keys[None], sample.values[None], layer, positions=sample.positions)
+            found = method.decompress(kv, layer, positions=sample.positions).keys[0]
+            centre = sample.rope.rotate(torch.ones_like(sample.keys), sample.positions)
+            errors[context, start] = float((found - sample.keys).square().sum() / (sample.keys - centre).square().sum())
+    assert errors[None, 3000] > 2 * errors[None, 0], errors
+    assert errors["4k", 3000] < 1.2 * errors["4k", 0], errors
+    assert errors["4k", 3000] < 0.7 * errors[None, 3000], errors
+
+
+def test_the_context_served_is_the_models_own_or_the_one_asked_for():
+    shape = FakeCapture().shape.model_copy(update={"context": 8192})
+    assert make_method("transform", {}).longest(shape) == 8192
+    assert make_method("transform", {"context": "32k"}).longest(shape) == 32768
+    with pytest.raises(InputError, match="length 'long'"):
+        make_method("transform", {"context": "long"})
