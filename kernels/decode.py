@@ -237,13 +237,19 @@ def _scales(pointers, used, W: tl.constexpr):
 @triton.jit
 def _gains(pointers, used, W: tl.constexpr):
     """The gains 2^(code/2) of one group at ``pointers`` [W, 1], float32 [W, 64] in token order."""
-    # a word for every token, so that it is copied and read in the order of the scores without a detour
-    stored, token = tl.arange(0, 64)[None, :], tl.arange(0, 64)[None, :]
-    words = tl.load(pointers + (stored // 16 * 2 + stored // 8 % 2), mask=used & (stored >= 0), other=0)
-    codes = _score_order(words, W) >> (token // 8 % 4 * 8 + token % 2 * 4) & 15
+    codes = _nibbles(pointers, used, W)
     # the exponent in half steps; an odd step's mantissa is sqrt(2)'s, not 1.5's
     bits = (codes << 22) - (codes & 1) * 0xAFB0D + 0x3F800000
     return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _nibbles(pointers, used, W: tl.constexpr):
+    """Codes of 4 bits, a page's 8 words at ``pointers`` [W, 1], int32 [W, 64] in token order."""
+    # a word for every token, so that it is copied and read in the order of the scores without a detour
+    stored, token = tl.arange(0, 64)[None, :], tl.arange(0, 64)[None, :]
+    words = tl.load(pointers + (stored // 16 * 2 + stored // 8 % 2), mask=used & (stored >= 0), other=0)
+    return _score_order(words, W) >> (token // 8 % 4 * 8 + token % 2 * 4) & 15
 
 
 @triton.jit
