@@ -1,242 +1,248 @@
-"""Encoding, fused: centre, transform, normalise, quantise by table and pack one page per program, straight into place.
+"""Encoding, fused: centre, transform, normalise, quantise by table and pack, straight into place.
 
     y = (x - R(n) m) M          M: [D, C], per KV head; m: the calibrated mean of keys, turned to the position
-    v = sqrt(D) y / ||y||       code: index of the level nearest to v, by binary search among boundaries
+    v = sqrt(D) y / ||y||       code: how many boundaries lie below v
     scale                       one number per token: ``mse``, ``norm`` or ``unbiased``, as in methods/turboquant.py
 
-Levels are symmetric, so a table row holds the positive half. Words are those of ``kvtool/packing.py``.
+A program keeps M and takes one page of a head after the other. What follows the product is in ``codes.py``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kvtool import packing
+from kvtool.kernels.codes import (
+    STEEP,
+    inverse_root,
+    level_bytes,
+    pack,
+    quantise,
+    row_order,
+    search_table,
+    store,
+    sum_of_squares,
+)
+from kvtool.kernels.fragments import prmt
+from kvtool.kernels.launch import nvidia, processors
+from kvtool.kernels.mean import starts, steps
 from kvtool.shapes import Rope
 
 SCALES = {"mse": 0, "norm": 1, "unbiased": 2}
+SMALL = tl.constexpr(1.0 / 16)  # vectors are multiplied in fp16, which ends at 65504
 
 
 class Encoder(NamedTuple):
     """How one side, keys or values, is encoded; see :func:`encoder`.
 
-    matrix: float32 [H or 1, D, C].  table: float32 [groups, 16], 8 levels and 8 boundaries of the positive half.
+    matrix: float16 [H or 1, C, D], rows as :func:`codes.row_order` has them, C a power of two.
+    unit: what the product comes multiplied by.
+    table: of the levels, see :func:`codes.search_table`.
     step: what one unit of a level is worth.
     """
 
-    widths: tuple[int, ...]
+    width: int
+    groups: int
+    keys: bool
     matrix: Tensor
+    unit: float
     table: Tensor
     step: float
     scale: str
 
 
-def encoder(widths: Sequence[int], matrix: Tensor, levels: Mapping[int, Tensor], step: float, scale: str) -> Encoder:
-    """An encoder for groups of ``widths`` whose levels are ``step * levels[width]``; 1 bit is -1 and 1."""
-    rows = torch.zeros(len(widths), 16)
-    for row, width in zip(rows, widths, strict=True):
-        if width in (1, 2, 3, 4):
-            half = levels[width].float().cpu()[1 << (width - 1) :] if width > 1 else torch.ones(1)
-            row[: len(half)] = half
-            row[9 : 8 + len(half)] = step * (half[1:] + half[:-1]) / 2
-    return Encoder(tuple(widths), matrix.float().contiguous(), rows.to(matrix.device), float(step), scale)
+def encoder(widths: Sequence[int], matrix: Tensor, levels: Tensor, step: float, scale: str, *, keys: bool) -> Encoder:
+    """An encoder for groups of one width: ``matrix`` [H or 1, D, C], levels ``step * levels``; 1 bit is -1 and 1."""
+    groups, width = len(widths), widths[0]
+    table = search_table(width, levels, step)
+    padded = max(2, triton.next_power_of_2(groups))
+    rows = F.pad(matrix.float().mT, (0, 0, 0, packing.GROUP * padded - matrix.shape[-1]))
+    # a Hadamard matrix has whole numbers over a power of the root of D: exact in 11 bits with the root taken out
+    unit = min((1.0, rows.shape[-1] ** 0.5), key=lambda unit: float((rows * unit - (rows * unit).half()).norm() / unit))
+    ordered = (rows * unit)[:, row_order(padded, keys).to(rows.device)].half().contiguous()
+    return Encoder(width, groups, keys, ordered, unit * SMALL.value, table.to(matrix.device), float(step), scale)
 
 
 def encode(
     x: Tensor,
     how: Encoder,
     *,
-    keys: bool,
     mean: Tensor | None = None,
     rope: Rope | None = None,
     positions: Tensor | None = None,
     out: tuple[Tensor, Tensor] | None = None,
+    launch: dict[str, int] | None = None,
+    resident: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Pages uint8 [B, H, N, bytes] and scales float16 [B, H, N, 64] of ``x`` [B, H, T, D], T a multiple of 64.
 
     mean: float32 [H, D], subtracted; with ``rope``, turned to ``positions`` [T] first.
     out: pages and scales to write into, for instance a slice of a cache with room to grow.
     """
+    x = x if x.stride(-1) == 1 else x.contiguous()
     B, H, T, D = x.shape
-    N, size = T // packing.PAGE, packing.page_bytes(how.widths)
+    N, size = T // packing.PAGE, packing.page_bytes((how.width,) * how.groups)
     if out is None:
         pages = torch.empty(B, H, N, size, dtype=torch.uint8, device=x.device)
         out = pages, torch.empty(B, H, N, packing.PAGE, dtype=torch.float16, device=x.device)
     pages, scales = out
     words = pages.view(torch.int32)
     turned = mean is not None and rope is not None and positions is not None
-    cos, sin = rope.table(positions) if turned else (how.table, how.table)
+    turns = (*starts(rope, positions), *steps(rope, x.device)) if turned else (how.table,) * 4
     half = len(rope.inv_freq) if turned else 1
-    C = packing.GROUP * len(how.widths)
-    _encode[(B * H, N)](
+    C = how.matrix.shape[1]
+    asm = nvidia(x.device)
+    options = {"num_warps": max(4, C // packing.GROUP), "num_stages": 1}
+    if asm and not turned:
+        options["maxnreg"] = 168
+    # as many programs as are resident, each with a run of pages
+    run = triton.cdiv(B * H * N, (resident or (2 if turned else 3)) * processors(x.device))
+    _encode[(B * H, triton.cdiv(N, run))](
         x,
         how.matrix,
         how.table,
-        mean if mean is not None else how.table,
-        cos.contiguous(),
-        sin.contiguous(),
+        how.table if mean is None else mean.float().contiguous(),
+        *turns,
         words,
         scales,
         *x.stride()[:3],
         how.matrix.stride(0) if how.matrix.shape[0] > 1 else 0,
         *words.stride()[:3],
         *scales.stride()[:3],
+        N,
+        run,
+        how.unit,
         how.step,
         D**0.5,
         H=H,
         D=D,
-        C=C,
-        DIMS=max(16, triton.next_power_of_2(D)),
+        # the whole matrix stays in shared memory where it takes no more than 32 KiB
+        BLOCK=triton.next_power_of_2(D) if D <= 128 else 64,
         HALF=half,
-        GROUPS=len(how.widths),
-        WIDTHS=how.widths,
-        OFFSETS=tuple(64 * sum(how.widths[:i]) for i in range(len(how.widths))),
-        KEYS=keys,
+        ROWS=C // packing.GROUP,
+        GROUPS=how.groups,
+        WIDTH=how.width,
+        KEYS=how.keys,
         CENTRED=mean is not None,
         TURNED=turned,
         SCALE=SCALES[how.scale],
-        num_warps=4,
+        ASM=asm,
+        **(options | (launch or {})),
     )
     return pages, scales
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pages", "run"])
 def _encode(
-    X, MATRIX, TABLE, MEAN, COS, SIN, WORDS, SCALES,
-    x_b, x_h, x_t, matrix_h, words_b, words_h, words_p, scales_b, scales_h, scales_p, step, root,
-    H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, DIMS: tl.constexpr, HALF: tl.constexpr, GROUPS: tl.constexpr,
-    WIDTHS: tl.constexpr, OFFSETS: tl.constexpr, KEYS: tl.constexpr, CENTRED: tl.constexpr, TURNED: tl.constexpr,
-    SCALE: tl.constexpr,
+    X, MATRIX, TABLE, MEAN, START_COS, START_SIN, STEP_COS, STEP_SIN, WORDS, SCALES,
+    x_b, x_h, x_t, matrix_h, words_b, words_h, words_p, scales_b, scales_h, scales_p, pages, run, unit, step, root,
+    H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr, KEYS: tl.constexpr, CENTRED: tl.constexpr, TURNED: tl.constexpr, SCALE: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
     b, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
-    page = tl.program_id(1).to(tl.int64)
-    t, d, c = tl.arange(0, 64), tl.arange(0, DIMS), tl.arange(0, 32)
-    token = page * 64 + t
-    x = X + b * x_b + h * x_h + token[:, None] * x_t + d[None, :]
-    x = tl.load(x, mask=(d < D)[None, :] & (t >= 0)[:, None], other=0.0).to(tl.float32)
+    t, d = tl.arange(0, 64), tl.arange(0, BLOCK)
+    c = tl.arange(0, 32 * ROWS)
+    X += b * x_b + h * x_h + t[:, None].to(tl.int64) * x_t
+    MATRIX += h * matrix_h + c[:, None] * D
+    MEAN += h * D
+    WORDS += b * words_b + h * words_h
+    SCALES += b * scales_b + h * scales_h
+    first = tl.program_id(1).to(tl.int64) * run
+    count = tl.minimum(run, pages - first)
+    HELD: tl.constexpr = BLOCK >= D
+    if HELD:
+        matrix = _columns(MATRIX, d, D, c >= 0)
+        x = _columns(X + first * 64 * x_t, d, D, t >= 0)
+    for i in range(count):
+        page = first + i
+        if HELD:
+            centred = _centred(x, MEAN, START_COS, START_SIN, STEP_COS, STEP_SIN, page, d, D, HALF, CENTRED, TURNED)
+            y = tl.dot(matrix, centred)
+            # the next page is on its way while this one is worked on
+            x = _columns(X + (page + 1) * 64 * x_t, d, D, (t >= 0) & (i + 1 < count))
+        else:
+            y = tl.zeros([32 * ROWS, 64], tl.float32)
+            for start in range(0, D, BLOCK):
+                part = start + d
+                x = _columns(X + page * 64 * x_t, part, D, t >= 0)
+                centred = _centred(
+                    x, MEAN, START_COS, START_SIN, STEP_COS, STEP_SIN, page, part, D, HALF, CENTRED, TURNED
+                )
+                y = tl.dot(_columns(MATRIX, part, D, c >= 0), centred, y)
+        square = tl.sum(y * y, 0)
+        inverse = inverse_root(tl.maximum(square, 1e-30), ASM)
+        norm = square * inverse / unit
+        v = y * (root * inverse * (STEEP if WIDTH < 8 else 1.0))[None, :]
+        v = v.reshape(2, ROWS, 2, 8, 64).permute(1, 3, 4, 0, 2)
+        if ROWS > 2:
+            # a quarter of a thread's channels at a time, so that the registers hold them
+            even, odd = tl.split(v)
+            v00, v10 = tl.split(even)
+            v01, v11 = tl.split(odd)
+            n00, worth00 = quantise(v00, TABLE, step, WIDTH, SCALE, ASM)
+            n01, worth01 = quantise(v01, TABLE, step, WIDTH, SCALE, ASM)
+            n10, worth10 = quantise(v10, TABLE, step, WIDTH, SCALE, ASM)
+            n11, worth11 = quantise(v11, TABLE, step, WIDTH, SCALE, ASM)
+            signed = tl.join(tl.join(n00, n10), tl.join(n01, n11)).reshape(ROWS, 8, 64, 4)
+            worth = worth00 + worth01 + worth10 + worth11
+        else:
+            signed, worth = quantise(v.reshape(ROWS, 8, 64, 4), TABLE, step, WIDTH, SCALE, ASM)
+            worth = tl.sum(worth, 3)
+        if SCALE == 0:
+            scale = norm * (step / root)
+        else:
+            if SCALE == 1 and WIDTH < 8:
+                four = pack(signed, 4 * tl.arange(0, 4)) & (0x1111 * ((1 << (WIDTH - 1)) - 1))
+                levels = prmt(*level_bytes(TABLE), four, ASM)
+                worth = sum_of_squares(levels, ASM)
+            total = tl.sum(worth.reshape(8 * ROWS, 64), 0)
+            if SCALE == 1:
+                # padding has the smallest level everywhere
+                smallest = tl.load(TABLE + 8)
+                scale = norm * inverse_root(total - (32 * ROWS - D) * smallest * smallest, ASM)
+            else:
+                scale = norm * root / tl.maximum(total, 1e-30)
+        place = (t % 8 // 2) * 16 + (t // 8) * 2 + t % 2
+        tl.store(SCALES + page * scales_p + place, scale.to(tl.float16))
+        store(WORDS + page * words_p, signed, WIDTH, KEYS, D, ROWS, GROUPS)
+
+
+@triton.jit
+def _columns(POINTERS, d, D: tl.constexpr, rows):
+    """Columns ``d`` of the rows at ``POINTERS``."""
+    return tl.load(POINTERS + d[None, :], mask=(d < D)[None, :] & rows[:, None], other=0.0)
+
+
+@triton.jit
+def _centred(
+    x, MEAN, START_COS, START_SIN, STEP_COS, STEP_SIN, page, d,
+    D: tl.constexpr, HALF: tl.constexpr, CENTRED: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
+    """Channels ``d`` of a page, less their mean, as the operand of a product, [channels, 64]."""
+    x = x.to(tl.float32)
     if CENTRED:
-        x -= _mean(MEAN + h * D, COS, SIN, token, d, D, HALF, TURNED)
-    turned = ()
-    square = tl.zeros([64], tl.float32)
-    for i in tl.static_range(GROUPS):
-        at = MATRIX + h * matrix_h + d[:, None] * C + 32 * i + c[None, :]
-        matrix = tl.load(at, mask=(d < D)[:, None] & (c >= 0)[None, :], other=0.0)
-        y = tl.dot(x, matrix)
-        square += tl.sum(y * y, 1)
-        turned = turned + (y,)
-    norm = tl.sqrt(square)
-    inverse = root / tl.maximum(norm, 1e-30)
-    WORDS += b * words_b + h * words_h + page * words_p
-    decoded = tl.zeros([64], tl.float32)  # ||levels||^2, or v . levels
-    for i in tl.static_range(GROUPS):
-        if WIDTHS[i] > 0:
-            v = turned[i] * inverse[:, None]
-            code, level = _quantise(v, TABLE + 16 * i, step, WIDTHS[i])
-            if 32 * (i + 1) > D:
-                # padding has no level, and its code is 0
-                inside = (32 * i + c < D)[None, :]
-                code, level = tl.where(inside, code, 0), tl.where(inside, level, 0.0)
-            decoded += tl.sum(level * (v if SCALE == 2 else level), 1)
-            _store_words(WORDS + OFFSETS[i], code, WIDTHS[i], KEYS)
-    if SCALE == 0:
-        scale = norm * step / root
-    elif SCALE == 1:
-        scale = norm / tl.sqrt(tl.maximum(decoded, 1e-30))
-    else:
-        scale = norm * root / tl.maximum(decoded, 1e-30)
-    at = scales_b * b + scales_h * h + scales_p * page + (t % 8 // 2) * 16 + (t // 8) * 2 + t % 2
-    tl.store(SCALES + at, scale.to(tl.float16))
+        mean = tl.load(MEAN + d, mask=d < D, other=0.0)
+        if TURNED:
+            # angle addition: a page is turned once, its tokens by a table that all pages share
+            # channel c turns with c + HALF; channels beyond 2*HALF are left alone
+            other = tl.load(MEAN + tl.where(d < HALF, d + HALF, d - HALF), mask=d < 2 * HALF, other=0.0)
+            other = tl.where(d < HALF, -other, other)
+            cos, sin = _turn(START_COS, START_SIN, page, d, HALF)
+            step_cos, step_sin = _turn(STEP_COS, STEP_SIN, tl.arange(0, 64)[:, None], d[None, :], HALF)
+            x -= step_cos * (mean * cos + other * sin)[None, :] + step_sin * (other * cos - mean * sin)[None, :]
+        else:
+            x -= mean[None, :]
+    return (x * SMALL).to(tl.float16).trans()
 
 
 @triton.jit
-def _mean(MEAN, COS, SIN, token, d, D: tl.constexpr, HALF: tl.constexpr, TURNED: tl.constexpr):
-    """The mean at every token, [64, DIMS]."""
-    mean = tl.load(MEAN + d, mask=d < D, other=0.0)[None, :]
-    if TURNED:
-        # channel c turns with c + HALF; channels beyond 2*HALF are left alone
-        rotary = d < 2 * HALF
-        other = tl.load(MEAN + tl.where(d < HALF, d + HALF, d - HALF), mask=rotary, other=0.0)[None, :]
-        at = token[:, None] * HALF + (d % HALF)[None, :]
-        inside = rotary[None, :] & (token >= 0)[:, None]
-        cos, sin = tl.load(COS + at, mask=inside, other=1.0), tl.load(SIN + at, mask=inside, other=0.0)
-        return mean * cos + tl.where(d < HALF, -1.0, 1.0)[None, :] * other * sin
-    else:
-        return mean + tl.zeros([64, 1], tl.float32)
-
-
-@triton.jit
-def _quantise(v, TABLE, step, WIDTH: tl.constexpr):
-    """Codes int32 and levels float32 of ``v``."""
-    if WIDTH == 8:
-        code = tl.minimum(tl.maximum(tl.floor(v / step) + 128, 0.0), 255.0)
-        return code.to(tl.int32), code - 127.5
-    else:
-        a = tl.abs(v)
-        HALF: tl.constexpr = 1 << (WIDTH - 1)
-        index = v.to(tl.int32) * 0
-        level = tl.load(TABLE) + v * 0
-        if WIDTH == 2:
-            up = a > tl.load(TABLE + 9)
-            index, level = up.to(tl.int32), tl.where(up, tl.load(TABLE + 1), level)
-        elif WIDTH == 3:
-            high = a > tl.load(TABLE + 10)
-            index, level = _bisect(a, TABLE, high.to(tl.int32) * 0, high, 0, 2)
-        elif WIDTH == 4:
-            top = a > tl.load(TABLE + 12)
-            high = a > tl.where(top, tl.load(TABLE + 14), tl.load(TABLE + 10))
-            low_index, low_level = _bisect(a, TABLE, index, high, 0, 2)
-            high_index, high_level = _bisect(a, TABLE, index, high, 4, 6)
-            index, level = tl.where(top, high_index, low_index), tl.where(top, high_level, low_level)
-        positive = v > 0
-        return tl.where(positive, HALF + index, HALF - 1 - index), tl.where(positive, level, -level)
-
-
-@triton.jit
-def _bisect(a, TABLE, zero, high, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """The last step of the search, in the pair of levels that begins at LOW or at HIGH."""
-    up = a > tl.where(high, tl.load(TABLE + 9 + HIGH), tl.load(TABLE + 9 + LOW))
-    index = zero + tl.where(high, HIGH, LOW) + up.to(tl.int32)
-    first = tl.where(high, tl.load(TABLE + HIGH), tl.load(TABLE + LOW))
-    second = tl.where(high, tl.load(TABLE + HIGH + 1), tl.load(TABLE + LOW + 1))
-    return index, tl.where(up, second, first)
-
-
-@triton.jit
-def _store_words(WORDS, code, WIDTH: tl.constexpr, KEYS: tl.constexpr):
-    """Codes [64 tokens, 32 channels] to the words of one unit."""
-    if KEYS:
-        code = code.reshape(8, 8, 2, 4, 4).permute(0, 1, 3, 2, 4)  # [slot, g, q, h, e]
-    else:
-        # [half, h, e, q, e, block, g] to [block, half, g, q, h, e, e]
-        code = code.reshape(2, 2, 2, 4, 2, 4, 8).permute(5, 0, 6, 3, 1, 2, 4).reshape(8, 8, 4, 2, 4)
-    s = tl.arange(0, 8)[:, None, None, None, None]
-    e = tl.arange(0, 4)[None, None, None, None, :]
-    if WIDTH == 8:
-        PLANES: tl.constexpr = 8
-        words = tl.sum(code << (8 * e), 4)
-    elif WIDTH == 1:
-        PLANES: tl.constexpr = 1
-        words = tl.sum(tl.sum(code << (8 * e + s), 4), 0).reshape(1, 8, 4, 2)
-    elif WIDTH == 2:
-        PLANES: tl.constexpr = 2
-        words = tl.sum(code << (16 * (s % 2) + 4 * e + 2 * (s // 2 % 2)), 4)
-        words = tl.sum(words.reshape(2, 4, 8, 4, 2), 1)
-    else:
-        PLANES: tl.constexpr = 4
-        words = tl.sum(tl.sum(code << (16 * (s % 2) + 4 * e), 4).reshape(4, 2, 8, 4, 2), 1)
-    plane = tl.arange(0, PLANES)[:, None, None, None]
-    lane = 4 * tl.arange(0, 8)[None, :, None, None] + tl.arange(0, 4)[None, None, :, None]
-    h = tl.arange(0, 2)[None, None, None, :]
-    if WIDTH == 3:
-        # the codes of plane 3 lie bit by bit in the other planes' top bits
-        top = tl.sum(tl.where(plane == 3, words, 0), 0)[None, :, :, :]
-        words |= ((top >> plane) & 0x11111111) << 3
-        tl.store(WORDS + (plane * 32 + lane) * 2 + h, words.to(tl.int32), mask=(plane < 3) & (lane >= 0) & (h >= 0))
-    elif WIDTH == 1:
-        tl.store(WORDS + (plane * 32 + lane) * 2 + h, words.to(tl.int32))
-    else:
-        tl.store(WORDS + ((plane // 2 * 32 + lane) * 2 + plane % 2) * 2 + h, words.to(tl.int32))
+def _turn(COS, SIN, row, d, HALF: tl.constexpr):
+    """Cosine and sine of ``row`` for every channel."""
+    at, inside = row * HALF + d % HALF, (row >= 0) & (d < 2 * HALF)
+    return tl.load(COS + at, mask=inside, other=1.0), tl.load(SIN + at, mask=inside, other=0.0)

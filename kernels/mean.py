@@ -58,8 +58,8 @@ def mean_logits(queries: Tensor, mean: Tensor, rope: Rope, positions: Tensor, sc
     _polynomial[(B * H, triton.cdiv(tiles, each))](
         queries,
         mean.float().contiguous(),
-        *_starts(rope, positions),
-        *_steps(rope, queries.device),
+        *starts(rope, positions),
+        *_halves(rope, queries.device),
         out,
         unit,
         rows,
@@ -84,7 +84,8 @@ def mean_logits(queries: Tensor, mean: Tensor, rope: Rope, positions: Tensor, sc
 _tables = WeakIdKeyDictionary()
 
 
-def _starts(rope: Rope, positions: Tensor) -> tuple[Tensor, Tensor]:
+def starts(rope: Rope, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine, float32 [T/64, R/2], of where every page of ``positions`` [T] begins."""
     # a captured step has the same positions for good, and all its layers share them
     known = _tables.setdefault(positions, {})
     if rope not in known:
@@ -94,11 +95,17 @@ def _starts(rope: Rope, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache(maxsize=16)
-def _steps(rope: Rope, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of r t, float16 [2, HALF, 64]: rounded, and what rounding left."""
-    tables = Rope(inv_freq=rope.inv_freq).table(torch.arange(packing.PAGE))
-    both = ((x.mT, x.mT - x.mT.half().float()) for x in tables)
-    cos, sin = (torch.stack(parts).half().to(device).contiguous() for parts in both)
+def steps(rope: Rope, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosine and sine, float32 [64, R/2], of how far every token of a page is turned from its first; not scaled."""
+    cos, sin = Rope(inv_freq=rope.inv_freq).table(torch.arange(packing.PAGE))
+    return cos.to(device).contiguous(), sin.to(device).contiguous()
+
+
+@lru_cache(maxsize=16)
+def _halves(rope: Rope, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The same as float16 [2, R/2, 64]: rounded, and what rounding left."""
+    both = ((x.mT, x.mT - x.mT.half().float()) for x in steps(rope, device))
+    cos, sin = (torch.stack(parts).half().contiguous() for parts in both)
     return cos, sin
 
 

@@ -91,8 +91,8 @@ def compress(
     key_encoder, value_encoder = encoders(method, layer)
     mean = None if method.mean == "none" else layer["key_mean"]
     rope = layer.rope if method.mean == "rotated" else None
-    key_pages, key_scales = encode(keys, key_encoder, keys=True, mean=mean, rope=rope, positions=positions)
-    value_pages, value_scales = encode(values, value_encoder, keys=False)
+    key_pages, key_scales = encode(keys, key_encoder, mean=mean, rope=rope, positions=positions)
+    value_pages, value_scales = encode(values, value_encoder)
     empty = key_pages[..., :0]
     kv = TurboQuantKV(key_pages, key_scales, value_pages, value_scales, empty, empty.half())
     require_finite(kv, layer.index)
@@ -107,8 +107,8 @@ def encoders(method: TurboQuant, layer: LayerCalibration) -> tuple[Encoder, Enco
         for side, widths in zip(("key", "value"), method.widths(layer.shape.head_dim), strict=True):
             missing = packing.GROUP * len(widths) - layer.shape.head_dim
             matrix = F.pad(rotation.matrix(layer[f"{side}_rotation"]).mT, (0, missing))
-            levels = {widths[0]: layer[f"{side}_levels"]}
-            both.append(encoder(widths, matrix, levels, float(layer[f"{side}_step"]), method.scale))
+            levels, step = layer[f"{side}_levels"], float(layer[f"{side}_step"])
+            both.append(encoder(widths, matrix, levels, step, method.scale, keys=side == "key"))
         return both[0], both[1]
 
     return remembered(("encode", method, layer.index), layer["key_rotation"], make)

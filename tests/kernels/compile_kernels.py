@@ -44,7 +44,7 @@ POINTERS = {
     **dict.fromkeys(("LENGTH",), "*i64"),
     **dict.fromkeys(("QUERY",), "*i8"),
     **dict.fromkeys(("KINDS", "EXTRA_INDEX", "EXTRA_BITS", "EXTRA_LEVELS"), "*u8"),
-    **dict.fromkeys(("KEY_SCALES", "VALUE_SCALES", "SCALES"), "*fp16"),
+    **dict.fromkeys(("KEY_SCALES", "VALUE_SCALES", "SCALES", "MATRIX"), "*fp16"),
     **dict.fromkeys(("KEY_NORMS", "KEY_STEPS", "KEY_MINIMA", "VALUE_STEPS", "VALUE_MINIMA"), "*fp16"),
     **dict.fromkeys(("CODE_SCALES", "WAVES", "ESTIMATES", "TERMS", "STEP_COS", "STEP_SIN"), "*fp16"),
     **dict.fromkeys(("TABLES", "CODE_PAGES", "COUNTS", "PLACES", "LISTS", "NUMBER"), "*i32"),
@@ -56,7 +56,7 @@ POINTERS = {
     ),
 }
 SMALL = dict.fromkeys(("KEY_NORMS", "VALUE_NORMS", "KEY_LEVELS", "VALUE_LEVELS"), "*i32")  # rina's
-FLOATS = ("factor", "softcap", "step", "root", "spread", "share", "p", "scale", "scaling", "square_factor")
+FLOATS = ("factor", "softcap", "step", "root", "spread", "share", "unit", "p", "scale", "scaling", "square_factor")
 
 
 def jobs(target: str):
@@ -72,9 +72,12 @@ def jobs(target: str):
     turned = {"H": 8, "S": 1, "D": 128, "DIMS": 128, "HALF": 64, "BLOCK": 64, "ROWS": 4, "TILE": 64}
     yield "mean", mean._polynomial, turned, {"num_warps": 4}
     four = (4, 4, 4, 4)
-    units = {"GROUPS": 4, "OFFSETS": starts(four), "HALF": 64, "DIMS": 128, "H": 8, "D": 128, "C": 128, "SCALE": 1}
-    flags = {"KEYS": True, "CENTRED": True, "TURNED": True, "WIDTHS": four}
-    yield "encode", encode._encode, {**units, **flags}, {"num_warps": 4}
+    units = {"GROUPS": 4, "ROWS": 4, "HALF": 64, "BLOCK": 128, "H": 8, "D": 128, "SCALE": 1, "ASM": nvidia}
+    flags = {"KEYS": True, "CENTRED": True, "TURNED": True, "WIDTH": 4}
+    yield "encode", encode._encode, {**units, **flags}, {"num_warps": 4, "num_stages": 1}
+    plain = {"KEYS": False, "CENTRED": False, "TURNED": False, "WIDTH": 3}
+    options = {"num_warps": 4, "num_stages": 1, **({"maxnreg": 168} if nvidia else {})}
+    yield "encode values", encode._encode, {**units, **plain}, options
     ranges = {"KEY_SPAN": 32, "VALUE_SPAN": 1, "KEY_PER_TOKEN": False, "VALUE_PER_TOKEN": True}  # KIVI's
     for side in ("KEY", "VALUE"):
         ranges |= {f"{side}_WIDTH": 4, f"{side}_UNIT": decode_affine.UNIT[4], f"{side}_ZERO": decode_affine.ZERO[4]}

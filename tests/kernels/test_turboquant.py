@@ -91,16 +91,20 @@ def test_kernels_without_a_gpu_are_refused():
 def test_the_encoder_writes_the_bytes_of_the_reference(options, D):
     method = make_method("turboquant", options | {"codebook": "sphere"})
     _, exact, layer, positions = compressed(method, 128, D=D)
-    keys, values = torch.randn(2, 1, 2, 128, D, generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    keys, values = torch.randn(2, 1, 2, 128, D, generator=torch.Generator().manual_seed(5)).to(DEVICE).bfloat16()
     exact, _ = method.compress(keys, values, layer, positions=positions)
     found = kernels.compress(method, keys, values, layer, positions=positions)
     for name in ("key", "value"):
         pages, same = getattr(found, f"{name}_pages"), getattr(exact, f"{name}_pages")
         assert pages.shape == same.shape
-        # float32 sums in another order: a coordinate on a boundary may fall on its other side
-        assert (pages != same).float().mean() < (1e-3 if DEVICE.type == "cpu" else 2e-2)
+        # centred keys are rounded to 11 bits, the rest is float32 in another order: a coordinate next to a boundary may
+        # fall on its other side
+        assert (pages != same).float().mean() < (2e-3 if name == "key" and options["mean"] != "none" else 2e-4)
         scales, right = getattr(found, f"{name}_scales").float(), getattr(exact, f"{name}_scales").float()
-        assert ((scales - right).abs() <= 2e-3 * right.abs()).all()
+        off = (scales / right - 1).abs()
+        # a token one of whose codes is another has another norm of its levels
+        assert (off > 2e-3).float().mean() < 0.05
+        assert off.max() < 0.06
 
 
 def test_a_layer_served_by_kernels_is_that_served_by_the_reference():
@@ -114,7 +118,8 @@ def test_a_layer_served_by_kernels_is_that_served_by_the_reference():
         cache.update(keys, values)
         cache.settle(None)
         found[backend.name] = cache.attend(queries, scale=0.125, softcap=None)
-    assert relative_error(found["triton"], found["reference"]) < 3e-3  # weights of 15 bits
+    # one code in a thousand is a neighbour: a quarter of a deviation off, as right as the other
+    assert relative_error(found["triton"], found["reference"]) < 2e-2
 
 
 def test_the_encoder_refuses_what_overflows():

@@ -1,0 +1,192 @@
+"""Codes of coordinates, and their packed words: what encoders do behind their product, on its accumulators.
+
+A product is taken transposed, channels down and tokens across, with its rows in an order (:func:`row_order`) that
+leaves all codes of a packed word, at any width, in the thread that multiplied them. Levels are symmetric, so a table
+holds the positive half. Words are those of ``kvtool/packing.py``.
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvtool import packing
+
+LIFT = tl.constexpr(float(1 << 23))  # a float whose last bit is worth 1: what is added to it becomes an integer
+STEEP = tl.constexpr(float(1 << 40))  # v less a boundary, times this, is far above 1
+
+
+def row_order(groups: int, keys: bool) -> Tensor:
+    """The channel of every row of the product: rows are [2, groups, 2, 8], and a thread has both of each pair."""
+    high, group, low, g = torch.meshgrid(*(torch.arange(n) for n in (2, groups, 2, 8)), indexing="ij")
+    inside = 16 * (g & 1) + 4 * (g >> 1) + 2 * high + low if keys else 16 * high + 8 * low + g
+    return (packing.GROUP * group + inside).flatten()
+
+
+def search_table(width: int, levels: Tensor, step: float) -> Tensor:
+    """float32 [18] for the positive half of ``step * levels``; 1 bit is -1 and 1, 8 bits are code - 127.5.
+
+    From place 0 the boundaries as :func:`quantise` searches them, from 8 the coefficients of level i as a polynomial of
+    i, and in the last two eight levels as bytes.
+    """
+    half = torch.tensor([{1: 1.0, 8: 0.5}.get(width, 0.0)], dtype=torch.float64)
+    table = torch.zeros(18, dtype=torch.float64)
+    if 1 < width < 8:
+        half = levels.double().cpu()[1 << (width - 1) :]
+        cuts = STEEP.value * step * (half[1:] + half[:-1]) / 2
+        if width == 2:
+            table[0] = cuts[0]
+        elif width == 3:
+            table[:3] = torch.stack([cuts[1], cuts[0], cuts[2] - cuts[0]])
+        else:
+            b1, b2, b3, b4, b5, b6, b7 = cuts
+            table[:7] = torch.stack([b4, b2, b6 - b2, b1, b5 - b1, b3 - b1, b7 - b5 - b3 + b1])
+    powers = torch.arange(len(half), dtype=torch.float64)[:, None] ** torch.arange(len(half))
+    table[8 : 8 + len(half)] = torch.linalg.solve(powers, half)
+    table = table.float()
+    table[16:] = F.pad(half, (0, 8 - len(half))).byte().view(torch.float32)
+    return table
+
+
+@triton.jit
+def quantise(v, TABLE, step, WIDTH: tl.constexpr, SCALE: tl.constexpr, ASM: tl.constexpr):
+    """Codes of ``v``, as floats, and what each adds to v . levels (of 8 bits with SCALE 1: to ||levels||^2).
+
+    Below 8 bits v comes times STEEP, and a code is the index among the levels of its sign plus half of all if positive.
+    """
+    if WIDTH == 8:
+        code = tl.minimum(tl.maximum(tl.ceil(v / step) + 127, 0.0), 255.0)
+        level = code - 127.5
+        return code, level * (v if SCALE == 2 else level)
+    else:
+        HALF: tl.constexpr = 1 << (WIDTH - 1)
+        a = tl.abs(v)
+        sign = _above(v, 0.0, ASM)
+        # by bisection: b1, b2 and b3 are 0 or 1, and every boundary is linear in those before it
+        if WIDTH == 1:
+            index = v * 0
+        elif WIDTH == 2:
+            index = _above(a, tl.load(TABLE), ASM)
+        else:
+            b1 = _above(a, tl.load(TABLE), ASM)
+            b2 = _above(a, tl.load(TABLE + 1) + b1 * tl.load(TABLE + 2), ASM)
+            index = 2 * b1 + b2
+            if WIDTH == 4:
+                start = tl.load(TABLE + 3) + b1 * tl.load(TABLE + 4)
+                rise = tl.load(TABLE + 5) + b1 * tl.load(TABLE + 6)
+                index = 2 * index + _above(a, start + b2 * rise, ASM)
+        worth = a
+        if SCALE == 2:
+            worth = tl.load(TABLE + 7 + HALF) + v * 0
+            for i in tl.static_range(1, HALF):
+                worth = tl.load(TABLE + 7 + HALF - i) + index * worth
+            worth *= a * (1 / STEEP)
+        return (sign if WIDTH == 1 else index + HALF * sign), worth
+
+
+@triton.jit
+def _above(v, boundary, ASM: tl.constexpr):
+    """1 where ``v`` is above ``boundary``, else 0; both are so large that nothing lies between."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "sub.rn.sat.f32 $0, $1, $2;", "=f,f,f", [v, boundary], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return (v > boundary).to(tl.float32)
+
+
+@triton.jit
+def inverse_root(x, ASM: tl.constexpr):
+    """1 / sqrt(x)."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return 1 / tl.sqrt(x)
+
+
+@triton.jit
+def level_bytes(TABLE):
+    """The eight levels of the positive half as bytes."""
+    return tl.load(TABLE + 16).to(tl.int32, bitcast=True), tl.load(TABLE + 17).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def sum_of_squares(bytes4, ASM: tl.constexpr):
+    """The sum of the squares of the four bytes of a word."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "dp4a.u32.u32 $0, $1, $1, 0;", "=r,r", [bytes4], dtype=tl.int32, is_pure=True, pack=1
+        ).to(tl.float32)
+    else:
+        total = bytes4 * 0
+        for i in tl.static_range(4):
+            byte = (bytes4 >> (8 * i)) & 255
+            total += byte * byte
+        return total.to(tl.float32)
+
+
+@triton.jit
+def pack(codes, places):
+    """Codes, floats along the last axis, from the bits ``places`` on, below 23; the bits from 23 on are not of use."""
+    axis: tl.constexpr = len(codes.shape) - 1
+    weights = (1 << places).to(tl.float32)
+    for _ in tl.static_range(axis):
+        weights = weights[None]
+    # a float of LIFT and a sum below it has the sum as its last bits
+    return (tl.sum(codes * weights, axis) + LIFT).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def store(
+    WORDS, signed, WIDTH: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr
+):
+    """Codes [groups, 8, 64 tokens, 4] of :func:`quantise` to the words of GROUPS units."""
+    if KEYS:
+        signed = signed.reshape(ROWS, 4, 2, 8, 8, 4).permute(0, 4, 1, 2, 3, 5)  # from group, q, h, slot, g, e
+    else:
+        signed = signed.reshape(ROWS, 8, 2, 2, 2, 4, 2, 4)  # group, g, slot, h, e, q, e, slot
+        signed = signed.permute(0, 1, 5, 3, 7, 2, 4, 6).reshape(ROWS, 8, 4, 2, 8, 4)
+    # [group, g, q, h, slot, e] to halves of words [group, g, q, h, plane, 2], a nibble a code unless a byte or a bit is
+    if WIDTH == 8:
+        PLANES: tl.constexpr = 8
+        halves = pack(signed.reshape(ROWS, 8, 4, 2, 8, 2, 2), 8 * tl.arange(0, 2))
+    elif WIDTH == 1:
+        PLANES: tl.constexpr = 1
+        signed = signed.reshape(ROWS, 8, 4, 2, 8, 2, 2).permute(0, 1, 2, 3, 5, 4, 6).reshape(ROWS, 8, 4, 2, 1, 2, 16)
+        halves = pack(signed, 8 * (tl.arange(0, 16) % 2) + tl.arange(0, 16) // 2)
+    else:
+        PLANES: tl.constexpr = 4
+        halves = pack(signed.reshape(ROWS, 8, 4, 2, 4, 2, 4), 4 * tl.arange(0, 4))
+    low, high = tl.split(halves)
+    words = (low & 0xFFFF) | (high << 16)
+    if WIDTH == 2 or WIDTH == 3 or WIDTH == 4:
+        # below zero the levels count downwards
+        negative = ~words & (-0x77777778 if WIDTH == 4 else 0x11111111 << (WIDTH - 1))
+        words ^= negative - ((negative >> (WIDTH - 1)) & 0x11111111)
+    group = tl.arange(0, ROWS)[:, None, None, None, None]
+    g, q = tl.arange(0, 8)[None, :, None, None, None], tl.arange(0, 4)[None, None, :, None, None]
+    h = tl.arange(0, 2)[None, None, None, :, None]
+    plane = tl.arange(0, PLANES)[None, None, None, None, :]
+    if 32 * ROWS > D and WIDTH > 1:
+        # channels from D on are padding, whose code is 0
+        if KEYS:
+            inside = 32 * group + 16 * h + 4 * q < D
+        else:
+            inside = 32 * group + 8 * (plane // (PLANES // 4)) + g < D
+        words = tl.where(inside & (plane >= 0), words, 0)
+    if WIDTH == 2:
+        first, second = tl.split(words.reshape(ROWS, 8, 4, 2, 2, 2))
+        words = first | (second << 2)
+    elif WIDTH == 3:
+        # the codes of plane 3 lie bit by bit in the other planes' top bits
+        top = tl.sum(tl.where(plane == 3, words, 0), 4)[:, :, :, :, None]
+        words |= ((top >> plane) & 0x11111111) << 3
+    KEPT: tl.constexpr = 2 if WIDTH == 2 else PLANES
+    PAIR: tl.constexpr = 2 - WIDTH % 2
+    plane = tl.arange(0, KEPT)[None, None, None, None, :]
+    at = ((plane // PAIR * 32 + 4 * g + q) * PAIR + plane % PAIR) * 2 + h
+    stored = (group < GROUPS) & (g >= 0) & (q >= 0) & (h >= 0) & (plane < WIDTH)
+    tl.store(WORDS + 64 * WIDTH * group + at, words, mask=stored)
