@@ -1,8 +1,9 @@
 """Codes of coordinates, and their packed words: what encoders do behind their product, on its accumulators.
 
-A product is taken transposed, channels down and tokens across, with its rows in an order (:func:`row_order`) that
-leaves all codes of a packed word, at any width, in the thread that multiplied them. Levels are symmetric, so a table
-holds the positive half. Words are those of ``kvtool/packing.py``.
+Tokens are the product's rows and channels its columns, so a sum over a token's channels stays within a warp. The order
+of tokens and channels in it (:func:`row_token`, :func:`column_order`) leaves in one thread the codes of a key's word,
+and of a value's as soon as four lanes have exchanged nibbles. Levels are symmetric, so a table holds the positive half.
+Words are those of ``kvtool/packing.py``.
 """
 
 import torch
@@ -17,11 +18,12 @@ LIFT = tl.constexpr(float(1 << 23))  # a float whose last bit is worth 1: what i
 STEEP = tl.constexpr(float(1 << 40))  # v less a boundary, times this, is far above 1
 
 
-def row_order(groups: int, keys: bool) -> Tensor:
-    """The channel of every row of the product: rows are [2, groups, 2, 8], and a thread has both of each pair."""
-    high, group, low, g = torch.meshgrid(*(torch.arange(n) for n in (2, groups, 2, 8)), indexing="ij")
-    inside = 16 * (g & 1) + 4 * (g >> 1) + 2 * high + low if keys else 16 * high + 8 * low + g
-    return (packing.GROUP * group + inside).flatten()
+def column_order(groups: int, keys: bool) -> Tensor:
+    """The channel of every column of the product: keys have (e, q, h) for (h, q, e), so that a thread has all e."""
+    inside = torch.arange(packing.GROUP)
+    if keys:
+        inside = 16 * (inside & 1) + 4 * (inside >> 1 & 3) + (inside >> 3)
+    return (packing.GROUP * torch.arange(groups)[:, None] + inside).flatten()
 
 
 def search_table(width: int, levels: Tensor, step: float) -> Tensor:
@@ -61,27 +63,26 @@ def quantise(v, TABLE, step, WIDTH: tl.constexpr, SCALE: tl.constexpr, ASM: tl.c
         return code, level * (v if SCALE == 2 else level)
     else:
         HALF: tl.constexpr = 1 << (WIDTH - 1)
-        a = tl.abs(v)
         sign = _above(v, 0.0, ASM)
         # by bisection: b1, b2 and b3 are 0 or 1, and every boundary is linear in those before it
         if WIDTH == 1:
             index = v * 0
         elif WIDTH == 2:
-            index = _above(a, tl.load(TABLE), ASM)
+            index = _beyond(v, tl.load(TABLE), ASM)
         else:
-            b1 = _above(a, tl.load(TABLE), ASM)
-            b2 = _above(a, tl.load(TABLE + 1) + b1 * tl.load(TABLE + 2), ASM)
+            b1 = _beyond(v, tl.load(TABLE), ASM)
+            b2 = _beyond(v, tl.load(TABLE + 1) + b1 * tl.load(TABLE + 2), ASM)
             index = 2 * b1 + b2
             if WIDTH == 4:
                 start = tl.load(TABLE + 3) + b1 * tl.load(TABLE + 4)
                 rise = tl.load(TABLE + 5) + b1 * tl.load(TABLE + 6)
-                index = 2 * index + _above(a, start + b2 * rise, ASM)
-        worth = a
+                index = 2 * index + _beyond(v, start + b2 * rise, ASM)
+        worth = v
         if SCALE == 2:
             worth = tl.load(TABLE + 7 + HALF) + v * 0
             for i in tl.static_range(1, HALF):
                 worth = tl.load(TABLE + 7 + HALF - i) + index * worth
-            worth *= a * (1 / STEEP)
+            worth *= tl.abs(v) * (1 / STEEP)
         return (sign if WIDTH == 1 else index + HALF * sign), worth
 
 
@@ -94,6 +95,18 @@ def _above(v, boundary, ASM: tl.constexpr):
         )
     else:
         return (v > boundary).to(tl.float32)
+
+
+@triton.jit
+def _beyond(v, boundary, ASM: tl.constexpr):
+    """The same of the size of ``v``."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "{ .reg .f32 a; abs.f32 a, $1; sub.rn.sat.f32 $0, a, $2; }",
+            "=f,f,f", [v, boundary], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return (tl.abs(v) > boundary).to(tl.float32)
 
 
 @triton.jit
@@ -129,6 +142,16 @@ def sum_of_squares(bytes4, ASM: tl.constexpr):
 
 
 @triton.jit
+def row_token(row, KEYS: tl.constexpr):
+    """The token of a page in each of the product's 64 rows."""
+    if KEYS:
+        return row
+    else:
+        # rows are (q, slot & 1, h, e), tokens (slot & 1, h, e >> 1, q, e & 1)
+        return row // 8 % 2 * 32 + row // 4 % 2 * 16 + row // 2 % 2 * 8 + row // 16 * 2 + row % 2
+
+
+@triton.jit
 def pack(codes, places):
     """Codes, floats along the last axis, from the bits ``places`` on, below 23; the bits from 23 on are not of use."""
     axis: tl.constexpr = len(codes.shape) - 1
@@ -143,25 +166,10 @@ def pack(codes, places):
 def store(
     WORDS, signed, WIDTH: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr
 ):
-    """Codes [groups, 8, 64 tokens, 4] of :func:`quantise` to the words of GROUPS units."""
-    if KEYS:
-        signed = signed.reshape(ROWS, 4, 2, 8, 8, 4).permute(0, 4, 1, 2, 3, 5)  # from group, q, h, slot, g, e
-    else:
-        signed = signed.reshape(ROWS, 8, 2, 2, 2, 4, 2, 4)  # group, g, slot, h, e, q, e, slot
-        signed = signed.permute(0, 1, 5, 3, 7, 2, 4, 6).reshape(ROWS, 8, 4, 2, 8, 4)
-    # [group, g, q, h, slot, e] to halves of words [group, g, q, h, plane, 2], a nibble a code unless a byte or a bit is
-    if WIDTH == 8:
-        PLANES: tl.constexpr = 8
-        halves = pack(signed.reshape(ROWS, 8, 4, 2, 8, 2, 2), 8 * tl.arange(0, 2))
-    elif WIDTH == 1:
-        PLANES: tl.constexpr = 1
-        signed = signed.reshape(ROWS, 8, 4, 2, 8, 2, 2).permute(0, 1, 2, 3, 5, 4, 6).reshape(ROWS, 8, 4, 2, 1, 2, 16)
-        halves = pack(signed, 8 * (tl.arange(0, 16) % 2) + tl.arange(0, 16) // 2)
-    else:
-        PLANES: tl.constexpr = 4
-        halves = pack(signed.reshape(ROWS, 8, 4, 2, 4, 2, 4), 4 * tl.arange(0, 4))
-    low, high = tl.split(halves)
-    words = (low & 0xFFFF) | (high << 16)
+    """Codes [64 rows, groups, 8 columns, 4] of :func:`quantise` to the words of GROUPS units."""
+    words = _bytes(signed, KEYS, ROWS) if WIDTH == 8 else _nibbles(signed, KEYS, ROWS)
+    # [group, g, q, h, plane], a nibble a code unless it is a byte
+    PLANES: tl.constexpr = 8 if WIDTH == 8 else 4
     if WIDTH == 2 or WIDTH == 3 or WIDTH == 4:
         # below zero the levels count downwards
         negative = ~words & (-0x77777778 if WIDTH == 4 else 0x11111111 << (WIDTH - 1))
@@ -170,23 +178,87 @@ def store(
     g, q = tl.arange(0, 8)[None, :, None, None, None], tl.arange(0, 4)[None, None, :, None, None]
     h = tl.arange(0, 2)[None, None, None, :, None]
     plane = tl.arange(0, PLANES)[None, None, None, None, :]
-    if 32 * ROWS > D and WIDTH > 1:
+    if 32 * ROWS > D:
         # channels from D on are padding, whose code is 0
         if KEYS:
             inside = 32 * group + 16 * h + 4 * q < D
         else:
-            inside = 32 * group + 8 * (plane // (PLANES // 4)) + g < D
+            inside = 32 * group + 8 * (plane * 4 // PLANES) + g < D
         words = tl.where(inside & (plane >= 0), words, 0)
-    if WIDTH == 2:
+    if WIDTH == 1:
+        # nibble 4 i + e of plane p to bit 8 e + 2 p + i
+        low, high = _spread(words & 0xFFFF), _spread((words >> 16) & 0xFFFF)
+        words = tl.sum((low | (high << 1)) << (2 * plane), 4)[:, :, :, :, None]
+    elif WIDTH == 2:
         first, second = tl.split(words.reshape(ROWS, 8, 4, 2, 2, 2))
         words = first | (second << 2)
     elif WIDTH == 3:
         # the codes of plane 3 lie bit by bit in the other planes' top bits
         top = tl.sum(tl.where(plane == 3, words, 0), 4)[:, :, :, :, None]
         words |= ((top >> plane) & 0x11111111) << 3
-    KEPT: tl.constexpr = 2 if WIDTH == 2 else PLANES
+    KEPT: tl.constexpr = WIDTH if WIDTH < 3 else PLANES
     PAIR: tl.constexpr = 2 - WIDTH % 2
     plane = tl.arange(0, KEPT)[None, None, None, None, :]
     at = ((plane // PAIR * 32 + 4 * g + q) * PAIR + plane % PAIR) * 2 + h
     stored = (group < GROUPS) & (g >= 0) & (q >= 0) & (h >= 0) & (plane < WIDTH)
     tl.store(WORDS + 64 * WIDTH * group + at, words, mask=stored)
+
+
+@triton.jit
+def _nibbles(signed, KEYS: tl.constexpr, ROWS: tl.constexpr):
+    """Words [group, g, q, h, plane], nibble 4 i + e the code of slot 2 plane + i."""
+    halves = pack(signed, 4 * tl.arange(0, 4)).reshape(4, 2, 8, ROWS, 8)
+    words = _join16(halves.permute(0, 2, 3, 4, 1))
+    if KEYS:
+        return words.reshape(4, 8, ROWS, 4, 2).permute(2, 1, 3, 4, 0)  # from plane, g, group, q, h
+    else:
+        words = words.reshape(4, 2, 2, 2, ROWS, 8).permute(4, 5, 0, 1, 2, 3)  # q, h, e, e, group, g
+        return _transposed(words, 4).reshape(ROWS, 8, 4, 2, 4)
+
+
+@triton.jit
+def _bytes(signed, KEYS: tl.constexpr, ROWS: tl.constexpr):
+    """Words [group, g, q, h, slot], byte e the code."""
+    words = _join16(pack(signed.reshape(64, ROWS, 8, 2, 2), 8 * tl.arange(0, 2)))
+    if KEYS:
+        return words.reshape(8, 8, ROWS, 4, 2).permute(2, 1, 3, 4, 0)  # from slot, g, group, q, h
+    else:
+        words = words.reshape(4, 2, 2, 2, 2, ROWS, 8).permute(5, 6, 0, 2, 1, 3, 4)  # q, slot, h, e, e, group, g
+        words = _transposed(words, 8)  # group, g, q, h, slot & 1, slot >> 1
+        return words.permute(0, 1, 2, 3, 5, 4).reshape(ROWS, 8, 4, 2, 8)
+
+
+@triton.jit
+def _join16(halves):
+    """The last 16 bits of two words along the last axis as one."""
+    low, high = tl.split(halves)
+    return (low & 0xFFFF) | (high << 16)
+
+
+@triton.jit
+def _spread(x):
+    """Bits 4 e of 16 to bits 8 e."""
+    x = (x | (x << 8)) & 0x00FF00FF
+    return (x | (x << 4)) & 0x0F0F0F0F
+
+
+@triton.jit
+def _transposed(words, BITS: tl.constexpr):
+    """Four words of four fields (8 of 4 bits) along the last two axes as four of which each has one field of all."""
+    even, odd = tl.split(words)
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    SINGLE: tl.constexpr = 0x0F0F0F0F if BITS == 4 else 0x00FF00FF
+    DOUBLE: tl.constexpr = 0x00FF00FF if BITS == 4 else 0x0000FFFF
+    a0, a1 = _exchanged(x0, x1, BITS, SINGLE)
+    a2, a3 = _exchanged(x2, x3, BITS, SINGLE)
+    y0, y2 = _exchanged(a0, a2, 2 * BITS, DOUBLE)
+    y1, y3 = _exchanged(a1, a3, 2 * BITS, DOUBLE)
+    joined = tl.join(tl.join(y0, y2), tl.join(y1, y3))
+    return joined.reshape(joined.shape[:-2] + (4,))
+
+
+@triton.jit
+def _exchanged(a, b, BITS: tl.constexpr, MASK: tl.constexpr):
+    """The even fields of both, and the odd ones."""
+    return (a & MASK) | ((b & MASK) << BITS), ((a >> BITS) & MASK) | (b & (-1 - MASK))

@@ -19,11 +19,12 @@ from torch import Tensor
 from kvtool import packing
 from kvtool.kernels.codes import (
     STEEP,
+    column_order,
     inverse_root,
     level_bytes,
     pack,
     quantise,
-    row_order,
+    row_token,
     search_table,
     store,
     sum_of_squares,
@@ -34,13 +35,12 @@ from kvtool.kernels.mean import starts, steps
 from kvtool.shapes import Rope
 
 SCALES = {"mse": 0, "norm": 1, "unbiased": 2}
-SMALL = tl.constexpr(1.0 / 16)  # vectors are multiplied in fp16, which ends at 65504
 
 
 class Encoder(NamedTuple):
     """How one side, keys or values, is encoded; see :func:`encoder`.
 
-    matrix: float16 [H or 1, C, D], rows as :func:`codes.row_order` has them, C a power of two.
+    matrix: float16 [H or 1, C, D], in the order of :func:`codes.column_order`, C a power of two.
     unit: what the product comes multiplied by.
     table: of the levels, see :func:`codes.search_table`.
     step: what one unit of a level is worth.
@@ -64,8 +64,8 @@ def encoder(widths: Sequence[int], matrix: Tensor, levels: Tensor, step: float, 
     rows = F.pad(matrix.float().mT, (0, 0, 0, packing.GROUP * padded - matrix.shape[-1]))
     # a Hadamard matrix has whole numbers over a power of the root of D: exact in 11 bits with the root taken out
     unit = min((1.0, rows.shape[-1] ** 0.5), key=lambda unit: float((rows * unit - (rows * unit).half()).norm() / unit))
-    ordered = (rows * unit)[:, row_order(padded, keys).to(rows.device)].half().contiguous()
-    return Encoder(width, groups, keys, ordered, unit * SMALL.value, table.to(matrix.device), float(step), scale)
+    ordered = (rows * unit)[:, column_order(padded, keys).to(rows.device)].half().contiguous()
+    return Encoder(width, groups, keys, ordered, unit, table.to(matrix.device), float(step), scale)
 
 
 def encode(
@@ -146,7 +146,7 @@ def _encode(
     ASM: tl.constexpr,
 ):  # fmt: skip
     b, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
-    t, d = tl.arange(0, 64), tl.arange(0, BLOCK)
+    t, d = row_token(tl.arange(0, 64), KEYS), tl.arange(0, BLOCK)
     c = tl.arange(0, 32 * ROWS)
     X += b * x_b + h * x_h + t[:, None].to(tl.int64) * x_t
     MATRIX += h * matrix_h + c[:, None] * D
@@ -157,43 +157,38 @@ def _encode(
     count = tl.minimum(run, pages - first)
     HELD: tl.constexpr = BLOCK >= D
     if HELD:
-        matrix = _columns(MATRIX, d, D, c >= 0)
+        matrix = _columns(MATRIX, d, D, c >= 0).trans()
         x = _columns(X + first * 64 * x_t, d, D, t >= 0)
     for i in range(count):
         page = first + i
         if HELD:
-            centred = _centred(x, MEAN, START_COS, START_SIN, STEP_COS, STEP_SIN, page, d, D, HALF, CENTRED, TURNED)
-            y = tl.dot(matrix, centred)
+            centred = _centred(x, MEAN, START_COS, START_SIN, STEP_COS, STEP_SIN, page, t, d, D, HALF, CENTRED, TURNED)
+            y = tl.dot(centred, matrix)
             # the next page is on its way while this one is worked on
             x = _columns(X + (page + 1) * 64 * x_t, d, D, (t >= 0) & (i + 1 < count))
         else:
-            y = tl.zeros([32 * ROWS, 64], tl.float32)
+            y = tl.zeros([64, 32 * ROWS], tl.float32)
             for start in range(0, D, BLOCK):
                 part = start + d
                 x = _columns(X + page * 64 * x_t, part, D, t >= 0)
                 centred = _centred(
-                    x, MEAN, START_COS, START_SIN, STEP_COS, STEP_SIN, page, part, D, HALF, CENTRED, TURNED
+                    x, MEAN, START_COS, START_SIN, STEP_COS, STEP_SIN, page, t, part, D, HALF, CENTRED, TURNED
                 )
-                y = tl.dot(_columns(MATRIX, part, D, c >= 0), centred, y)
-        square = tl.sum(y * y, 0)
+                y = tl.dot(centred, _columns(MATRIX, part, D, c >= 0).trans(), y)
+        square = tl.sum(y * y, 1)
         inverse = inverse_root(tl.maximum(square, 1e-30), ASM)
         norm = square * inverse / unit
-        v = y * (root * inverse * (STEEP if WIDTH < 8 else 1.0))[None, :]
-        v = v.reshape(2, ROWS, 2, 8, 64).permute(1, 3, 4, 0, 2)
-        if ROWS > 2:
-            # a quarter of a thread's channels at a time, so that the registers hold them
-            even, odd = tl.split(v)
-            v00, v10 = tl.split(even)
-            v01, v11 = tl.split(odd)
-            n00, worth00 = quantise(v00, TABLE, step, WIDTH, SCALE, ASM)
-            n01, worth01 = quantise(v01, TABLE, step, WIDTH, SCALE, ASM)
-            n10, worth10 = quantise(v10, TABLE, step, WIDTH, SCALE, ASM)
-            n11, worth11 = quantise(v11, TABLE, step, WIDTH, SCALE, ASM)
-            signed = tl.join(tl.join(n00, n10), tl.join(n01, n11)).reshape(ROWS, 8, 64, 4)
-            worth = worth00 + worth01 + worth10 + worth11
-        else:
-            signed, worth = quantise(v.reshape(ROWS, 8, 64, 4), TABLE, step, WIDTH, SCALE, ASM)
-            worth = tl.sum(worth, 3)
+        v = y * (root * inverse * (STEEP if WIDTH < 8 else 1.0))[:, None]
+        # a quarter of a thread's channels at a time, so that the registers hold them
+        even, odd = tl.split(v.reshape(64, ROWS, 2, 2, 8).permute(0, 1, 4, 2, 3))
+        v00, v10 = tl.split(even)
+        v01, v11 = tl.split(odd)
+        n00, worth00 = quantise(v00, TABLE, step, WIDTH, SCALE, ASM)
+        n01, worth01 = quantise(v01, TABLE, step, WIDTH, SCALE, ASM)
+        n10, worth10 = quantise(v10, TABLE, step, WIDTH, SCALE, ASM)
+        n11, worth11 = quantise(v11, TABLE, step, WIDTH, SCALE, ASM)
+        signed = tl.join(tl.join(n00, n10), tl.join(n01, n11)).reshape(64, ROWS, 8, 4)
+        worth = worth00 + worth01 + worth10 + worth11
         if SCALE == 0:
             scale = norm * (step / root)
         else:
@@ -201,7 +196,7 @@ def _encode(
                 four = pack(signed, 4 * tl.arange(0, 4)) & (0x1111 * ((1 << (WIDTH - 1)) - 1))
                 levels = prmt(*level_bytes(TABLE), four, ASM)
                 worth = sum_of_squares(levels, ASM)
-            total = tl.sum(worth.reshape(8 * ROWS, 64), 0)
+            total = tl.sum(worth.reshape(64, 8 * ROWS), 1)
             if SCALE == 1:
                 # padding has the smallest level everywhere
                 smallest = tl.load(TABLE + 8)
@@ -221,10 +216,10 @@ def _columns(POINTERS, d, D: tl.constexpr, rows):
 
 @triton.jit
 def _centred(
-    x, MEAN, START_COS, START_SIN, STEP_COS, STEP_SIN, page, d,
+    x, MEAN, START_COS, START_SIN, STEP_COS, STEP_SIN, page, t, d,
     D: tl.constexpr, HALF: tl.constexpr, CENTRED: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
-    """Channels ``d`` of a page, less their mean, as the operand of a product, [channels, 64]."""
+    """Channels ``d`` of a page, less their mean, as the operand of a product."""
     x = x.to(tl.float32)
     if CENTRED:
         mean = tl.load(MEAN + d, mask=d < D, other=0.0)
@@ -234,11 +229,11 @@ def _centred(
             other = tl.load(MEAN + tl.where(d < HALF, d + HALF, d - HALF), mask=d < 2 * HALF, other=0.0)
             other = tl.where(d < HALF, -other, other)
             cos, sin = _turn(START_COS, START_SIN, page, d, HALF)
-            step_cos, step_sin = _turn(STEP_COS, STEP_SIN, tl.arange(0, 64)[:, None], d[None, :], HALF)
+            step_cos, step_sin = _turn(STEP_COS, STEP_SIN, t[:, None], d[None, :], HALF)
             x -= step_cos * (mean * cos + other * sin)[None, :] + step_sin * (other * cos - mean * sin)[None, :]
         else:
             x -= mean[None, :]
-    return (x * SMALL).to(tl.float16).trans()
+    return x.to(tl.float16)
 
 
 @triton.jit
