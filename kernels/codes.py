@@ -62,28 +62,51 @@ def quantise(v, TABLE, step, WIDTH: tl.constexpr, SCALE: tl.constexpr, ASM: tl.c
         level = code - 127.5
         return code, level * (v if SCALE == 2 else level)
     else:
-        HALF: tl.constexpr = 1 << (WIDTH - 1)
-        sign = _above(v, 0.0, ASM)
-        # by bisection: b1, b2 and b3 are 0 or 1, and every boundary is linear in those before it
-        if WIDTH == 1:
-            index = v * 0
-        elif WIDTH == 2:
-            index = _beyond(v, tl.load(TABLE), ASM)
-        else:
-            b1 = _beyond(v, tl.load(TABLE), ASM)
-            b2 = _beyond(v, tl.load(TABLE + 1) + b1 * tl.load(TABLE + 2), ASM)
-            index = 2 * b1 + b2
-            if WIDTH == 4:
-                start = tl.load(TABLE + 3) + b1 * tl.load(TABLE + 4)
-                rise = tl.load(TABLE + 5) + b1 * tl.load(TABLE + 6)
-                index = 2 * index + _beyond(v, start + b2 * rise, ASM)
+        index, sign = _search(v, TABLE, WIDTH, ASM)
         worth = v
         if SCALE == 2:
-            worth = tl.load(TABLE + 7 + HALF) + v * 0
-            for i in tl.static_range(1, HALF):
-                worth = tl.load(TABLE + 7 + HALF - i) + index * worth
-            worth *= tl.abs(v) * (1 / STEEP)
-        return (sign if WIDTH == 1 else index + HALF * sign), worth
+            worth = _level(index, TABLE, WIDTH) * tl.abs(v) * (1 / STEEP)
+        return index + (1 << (WIDTH - 1)) * sign, worth
+
+
+@triton.jit
+def quantise_levels(v, TABLE, step, WIDTH: tl.constexpr, ASM: tl.constexpr):
+    """Codes of ``v`` as :func:`quantise` has them, and their levels."""
+    if WIDTH == 8:
+        code = tl.minimum(tl.maximum(tl.ceil(v / step) + 127, 0.0), 255.0)
+        return code, code - 127.5
+    else:
+        index, sign = _search(v, TABLE, WIDTH, ASM)
+        return index + (1 << (WIDTH - 1)) * sign, _level(index, TABLE, WIDTH) * (2 * sign - 1)
+
+
+@triton.jit
+def _search(v, TABLE, WIDTH: tl.constexpr, ASM: tl.constexpr):
+    """Index of the level of |v| / STEEP in the positive half, and 1 where v is positive."""
+    # by bisection: b1, b2 and b3 are 0 or 1, and every boundary is linear in those before it
+    if WIDTH == 1:
+        index = v * 0
+    elif WIDTH == 2:
+        index = _beyond(v, tl.load(TABLE), ASM)
+    else:
+        b1 = _beyond(v, tl.load(TABLE), ASM)
+        b2 = _beyond(v, tl.load(TABLE + 1) + b1 * tl.load(TABLE + 2), ASM)
+        index = 2 * b1 + b2
+        if WIDTH == 4:
+            start = tl.load(TABLE + 3) + b1 * tl.load(TABLE + 4)
+            rise = tl.load(TABLE + 5) + b1 * tl.load(TABLE + 6)
+            index = 2 * index + _beyond(v, start + b2 * rise, ASM)
+    return index if WIDTH > 1 else 0.0, _above(v, 0.0, ASM)
+
+
+@triton.jit
+def _level(index, TABLE, WIDTH: tl.constexpr):
+    """The level that an index stands for, in the positive half."""
+    HALF: tl.constexpr = 1 << (WIDTH - 1)
+    level = tl.load(TABLE + 7 + HALF)
+    for i in tl.static_range(1, HALF):
+        level = tl.load(TABLE + 7 + HALF - i) + index * level
+    return level
 
 
 @triton.jit

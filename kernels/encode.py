@@ -157,24 +157,26 @@ def _encode(
     count = tl.minimum(run, pages - first)
     HELD: tl.constexpr = BLOCK >= D
     if HELD:
-        matrix = _columns(MATRIX, d, D, c >= 0).trans()
-        x = _columns(X + first * 64 * x_t, d, D, t >= 0)
+        matrix = columns(MATRIX, d, D, c >= 0).trans()
+        x = columns(X + first * 64 * x_t, d, D, t >= 0)
     for i in range(count):
         page = first + i
         if HELD:
-            centred = _centred(x, MEAN, START_COS, START_SIN, STEP_COS, STEP_SIN, page, t, d, D, HALF, CENTRED, TURNED)
-            y = tl.dot(centred, matrix)
+            centred = centred_rows(
+                x, MEAN, START_COS, START_SIN, STEP_COS, STEP_SIN, page, t, d, D, HALF, CENTRED, TURNED
+            )
+            y = tl.dot(centred.to(tl.float16), matrix)
             # the next page is on its way while this one is worked on
-            x = _columns(X + (page + 1) * 64 * x_t, d, D, (t >= 0) & (i + 1 < count))
+            x = columns(X + (page + 1) * 64 * x_t, d, D, (t >= 0) & (i + 1 < count))
         else:
             y = tl.zeros([64, 32 * ROWS], tl.float32)
             for start in range(0, D, BLOCK):
                 part = start + d
-                x = _columns(X + page * 64 * x_t, part, D, t >= 0)
-                centred = _centred(
+                x = columns(X + page * 64 * x_t, part, D, t >= 0)
+                centred = centred_rows(
                     x, MEAN, START_COS, START_SIN, STEP_COS, STEP_SIN, page, t, part, D, HALF, CENTRED, TURNED
                 )
-                y = tl.dot(centred, _columns(MATRIX, part, D, c >= 0).trans(), y)
+                y = tl.dot(centred.to(tl.float16), columns(MATRIX, part, D, c >= 0).trans(), y)
         square = tl.sum(y * y, 1)
         inverse = inverse_root(tl.maximum(square, 1e-30), ASM)
         norm = square * inverse / unit
@@ -209,17 +211,17 @@ def _encode(
 
 
 @triton.jit
-def _columns(POINTERS, d, D: tl.constexpr, rows):
+def columns(POINTERS, d, D: tl.constexpr, rows):
     """Columns ``d`` of the rows at ``POINTERS``."""
     return tl.load(POINTERS + d[None, :], mask=(d < D)[None, :] & rows[:, None], other=0.0)
 
 
 @triton.jit
-def _centred(
+def centred_rows(
     x, MEAN, START_COS, START_SIN, STEP_COS, STEP_SIN, page, t, d,
     D: tl.constexpr, HALF: tl.constexpr, CENTRED: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
-    """Channels ``d`` of a page, less their mean, as the operand of a product."""
+    """Channels ``d`` of a page, less their mean, float32."""
     x = x.to(tl.float32)
     if CENTRED:
         mean = tl.load(MEAN + d, mask=d < D, other=0.0)
@@ -233,7 +235,7 @@ def _centred(
             x -= step_cos * (mean * cos + other * sin)[None, :] + step_sin * (other * cos - mean * sin)[None, :]
         else:
             x -= mean[None, :]
-    return x.to(tl.float16)
+    return x
 
 
 @triton.jit

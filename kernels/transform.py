@@ -13,10 +13,12 @@ from torch import Tensor
 
 from kvtool import attention, packing
 from kvtool.attention import Attended
+from kvtool.kernels.encode_stages import Stages, encode_stages, stages
 from kvtool.kernels.launch import check_counts, default_launch, remembered
 from kvtool.kernels.mean import mean_bias
 from kvtool.kernels.packed import Codec, Packed, attend_packed
 from kvtool.methods.base import LayerCalibration
+from kvtool.methods.finite import require_finite_tokens
 from kvtool.methods.transform import Transform, TransformKV, code_of, maps, plain_code
 from kvtool.transform import code as chain
 
@@ -71,6 +73,33 @@ def attend(
         )
         parts.append(part)
     return attention.merge(*parts)
+
+
+def compress(
+    method: Transform, keys: Tensor, values: Tensor, layer: LayerCalibration, *, positions: Tensor
+) -> TransformKV:
+    """As ``Transform.compress``, two kernels a side and nothing of the size of the cache in between."""
+    key_pages, key_gains, key_flags = encode_stages(
+        keys,
+        *encoders(method, layer, "key"),
+        method.guard,
+        mean=layer["key_mean"],
+        rope=layer.rope,
+        positions=positions,
+    )
+    value_pages, value_gains, value_flags = encode_stages(values, *encoders(method, layer, "value"), method.guard)
+    if not _capturing(keys) and bool(((key_flags | value_flags) > 1).any()):
+        require_finite_tokens(keys, values, layer.index)
+    return TransformKV(key_pages, key_gains, value_pages, value_gains, (key_flags & 1) | ((value_flags & 1) << 1))
+
+
+def encoders(method: Transform, layer: LayerCalibration, side: str) -> tuple[Stages, Stages]:
+    """How a side is encoded: as fitted, and in the plain rotation."""
+
+    def make() -> tuple[Stages, Stages]:
+        return stages(code_of(layer, side), side == "key"), stages(plain_code(layer, side), side == "key")
+
+    return remembered(("stages", method, layer.index, side), layer["key_basis"], make)
 
 
 def codec_of(method: Transform, layer: LayerCalibration, kind: int = 0) -> Codec:
