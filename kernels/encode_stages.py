@@ -65,6 +65,9 @@ def stages(code: Code, keys: bool) -> Stages:
     ratio = code.deviation[:, None, :, None, :] / code.deviation[:, :, None, :, None]
     step = torch.tensor([step for _, step in books], device=turn.device)
     correction = step[:, None, None] * (turn @ (same * ratio) @ turn.mT)
+    table = torch.zeros(len(books), 18)
+    for row, width, (levels, step_of_one) in zip(table, code.widths, books, strict=True):
+        row[:] = search_table(width, levels, step_of_one)
     return Stages(
         code.widths,
         tuple(step for _, step in books),
@@ -73,9 +76,7 @@ def stages(code: Code, keys: bool) -> Stages:
         unit.contiguous(),
         code.gain_base.contiguous(),
         torch.stack(_halved(correction[..., order, :][..., order].permute(0, 2, 1, 4, 3)), 3).contiguous(),
-        torch.stack(
-            [search_table(width, levels, step) for width, (levels, step) in zip(code.widths, books, strict=True)]
-        ).to(turn.device),
+        table.to(turn.device),
     )
 
 
