@@ -98,7 +98,7 @@ def encode(
     C = how.matrix.shape[1]
     asm = nvidia(x.device)
     options = {"num_warps": max(4, C // packing.GROUP), "num_stages": 1}
-    if asm and not turned:
+    if asm and not turned and torch.cuda.get_device_capability(x.device) >= (9, 0):
         options["maxnreg"] = 168
     # as many programs as are resident, each with a run of pages
     run = triton.cdiv(B * H * N, (resident or (2 if turned else 3)) * processors(x.device))

@@ -23,6 +23,7 @@ from kvtool.kernels import (
     decode_levels,
     decode_rina,
     encode,
+    encode_stages,
     gather,
     mean,
     merge,
@@ -43,8 +44,8 @@ POINTERS = {
     **dict.fromkeys(("QUERIES", "X", "KEYS", "VALUES", "NEW_KEY", "NEW_VALUE"), "*bf16"),
     **dict.fromkeys(("LENGTH",), "*i64"),
     **dict.fromkeys(("QUERY",), "*i8"),
-    **dict.fromkeys(("KINDS", "EXTRA_INDEX", "EXTRA_BITS", "EXTRA_LEVELS"), "*u8"),
-    **dict.fromkeys(("KEY_SCALES", "VALUE_SCALES", "SCALES", "MATRIX"), "*fp16"),
+    **dict.fromkeys(("FLAGS", "GAINS", "KINDS", "EXTRA_INDEX", "EXTRA_BITS", "EXTRA_LEVELS"), "*u8"),
+    **dict.fromkeys(("KEY_SCALES", "VALUE_SCALES", "SCALES", "MATRIX", "CORRECTION"), "*fp16"),
     **dict.fromkeys(("KEY_NORMS", "KEY_STEPS", "KEY_MINIMA", "VALUE_STEPS", "VALUE_MINIMA"), "*fp16"),
     **dict.fromkeys(("CODE_SCALES", "WAVES", "ESTIMATES", "TERMS", "STEP_COS", "STEP_SIN"), "*fp16"),
     **dict.fromkeys(("TABLES", "CODE_PAGES", "COUNTS", "PLACES", "LISTS", "NUMBER"), "*i32"),
@@ -56,7 +57,20 @@ POINTERS = {
     ),
 }
 SMALL = dict.fromkeys(("KEY_NORMS", "VALUE_NORMS", "KEY_LEVELS", "VALUE_LEVELS"), "*i32")  # rina's
-FLOATS = ("factor", "softcap", "step", "root", "spread", "share", "unit", "p", "scale", "scaling", "square_factor")
+FLOATS = (
+    "factor",
+    "softcap",
+    "step",
+    "root",
+    "spread",
+    "share",
+    "unit",
+    "limit",
+    "p",
+    "scale",
+    "scaling",
+    "square_factor",
+)
 
 
 def jobs(target: str):
@@ -76,8 +90,12 @@ def jobs(target: str):
     flags = {"KEYS": True, "CENTRED": True, "TURNED": True, "WIDTH": 4}
     yield "encode", encode._encode, {**units, **flags}, {"num_warps": 4, "num_stages": 1}
     plain = {"KEYS": False, "CENTRED": False, "TURNED": False, "WIDTH": 3}
-    options = {"num_warps": 4, "num_stages": 1, **({"maxnreg": 168} if nvidia else {})}
+    options = {"num_warps": 4, "num_stages": 1, **({"maxnreg": 168} if hopper else {})}
     yield "encode values", encode._encode, {**units, **plain}, options
+    chained = {"H": 8, "D": 128, "STAGES": 2, "WIDTHS": (3, 2), "STEPS": (0.0, 0.0), "HALF": 64, "ASM": nvidia}
+    held = {"HELD": nvidia, "BLOCK": 128 if nvidia else 64, "KEYS": False, "SPLIT": False, "AGAIN": False}
+    flat = {"CENTRED": False, "TURNED": False}
+    yield "encode stages", encode_stages._encode_stages, {**chained, **held, **flat}, {"num_warps": 4, "num_stages": 1}
     ranges = {"KEY_SPAN": 32, "VALUE_SPAN": 1, "KEY_PER_TOKEN": False, "VALUE_PER_TOKEN": True}  # KIVI's
     for side in ("KEY", "VALUE"):
         ranges |= {f"{side}_WIDTH": 4, f"{side}_UNIT": decode_affine.UNIT[4], f"{side}_ZERO": decode_affine.ZERO[4]}
@@ -166,6 +184,7 @@ def compiled(kernel, constants, options, target):
         scalar = "fp32" if name in FLOATS else "i32"
         pointers = POINTERS | (dict.fromkeys(("KEY_SCALES", "VALUE_SCALES"), "*i32") if constants.get("GAINS") else {})
         pointers |= SMALL if "KEY_STAGES" in constants else {}
+        pointers |= {"TABLE": "*fp32"} if "MATRIX" in kernel.arg_names else {}
         kind = pointers.get(name, scalar if name == "T" or not name.isupper() else "*fp32")
         signature[name] = "constexpr" if name in constants else kind
     aligned = {
