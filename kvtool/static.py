@@ -111,11 +111,13 @@ class StaticLayer(CompressedLayer):
         sinks, window, block = self.policy.sinks, self.policy.window, len(positions)
         keys, values = (x[:, :, sinks : sinks + block] for x in self.tail)
         kv, _ = self.backend.compress(self.method, keys, values, self.layer, positions=positions)
+        # codes and gains alone would hide what was not finite
+        fields = [x for x in (keys, values, *kv) if isinstance(x, Tensor) and x.is_floating_point()]
+        finite = torch.stack([x.isfinite().all() for x in fields]).all()
         self.parts.write(kv, at)
         for x in self.tail:
             x[:, :, sinks : sinks + window] = x[:, :, sinks + block : sinks + block + window].clone()
-        fields = [field for field in kv if isinstance(field, Tensor) and field.is_floating_point()]
-        return torch.stack([field.isfinite().all() for field in fields]).all()
+        return finite
 
     def turned(self, block: int) -> None:
         """Count what :meth:`turn` did."""
