@@ -7,13 +7,16 @@ import torch
 
 from kvtool import backends, centring, packing, rotation
 from kvtool.attention import relative_error
-from kvtool.backends import choose_backend
+from kvtool.backends import Backend, choose_backend
 from kvtool.bench.subject import Subject
-from kvtool.errors import BackendError
+from kvtool.cache import CompressedLayer
+from kvtool.errors import BackendError, ModelError
 from kvtool.kernels import transform as kernels
 from kvtool.methods import make_method
 from kvtool.methods.base import LayerCalibration
+from kvtool.policy import CachePolicy
 from kvtool.shapes import LayerKind, LayerShape, Rope
+from kvtool.static import Counters, StaticLayer
 from kvtool.transform import code as chain
 from kvtool.transform import fit as fitting
 
@@ -136,3 +139,29 @@ def test_the_encoder_writes_the_bytes_of_the_reference(key_widths, value_widths,
         assert stored.shape == same.shape
         # the last stages of a chain see the levels before them: a code next to a boundary moves those behind it
         assert not stored.numel() or (stored != same).float().mean() < 4e-3
+
+
+def test_what_is_not_finite_is_refused():
+    method, layer, keys, values, _ = calibrated((2,), (2,), H=1, tokens=64)
+    values[:, :, 5, 3] = torch.nan
+    with pytest.raises(ModelError, match="layer 0: values"):
+        kernels.compress(method, keys, values, layer, positions=torch.arange(64, device=DEVICE))
+
+
+def test_a_block_that_is_replayed_is_that_of_a_growing_cache(monkeypatch):
+    method, layer, keys, values, _ = calibrated((3, 1), (2,), H=1, tokens=160)
+    held = CompressedLayer(method, layer, CachePolicy(sinks=4, window=24), Backend("triton", kernels))
+    held.update(keys[:, :, :96], values[:, :, :96])
+    held.settle(None)  # one page
+    held.parts.reserve(192)
+    static = StaticLayer(held, Counters(1, DEVICE), spare=64)
+    static.hold(*(torch.cat([x[:, :, :4], x[:, :, 68:156]], 2) for x in (keys, values)))
+    positions = torch.arange(68, 132, device=DEVICE)
+    assert static.turn(torch.ones(1, dtype=torch.int64, device=DEVICE), positions)
+    static.turned(64)
+    exact = kernels.compress(method, keys[:, :, 68:132], values[:, :, 68:132], layer, positions=positions)
+    for stored, same in zip(static.parts.whole()[0][0], exact, strict=True):
+        assert torch.equal(stored[:, :, 1:2], same)
+    monkeypatch.setattr(kernels, "_capturing", lambda x: True)  # when nothing can be read back
+    static.hold(keys[:, :, :92].fill_(torch.nan), values[:, :, :92])
+    assert not static.turn(torch.ones(1, dtype=torch.int64, device=DEVICE), positions)
