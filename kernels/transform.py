@@ -90,6 +90,10 @@ def compress(
     value_pages, value_gains, value_flags = encode_stages(values, *encoders(method, layer, "value"), method.guard)
     if not _capturing(keys) and bool(((key_flags | value_flags) > 1).any()):
         require_finite_tokens(keys, values, layer.index)
+        # finite, but beyond the fp16 of the products
+        kv, _ = method.compress(keys, values, layer, positions=positions)
+        assert isinstance(kv, TransformKV)
+        return kv
     return TransformKV(key_pages, key_gains, value_pages, value_gains, (key_flags & 1) | ((value_flags & 1) << 1))
 
 

@@ -148,6 +148,15 @@ def test_what_is_not_finite_is_refused():
         kernels.compress(method, keys, values, layer, positions=torch.arange(64, device=DEVICE))
 
 
+def test_what_is_beyond_the_products_range_is_left_to_the_reference():
+    method, layer, keys, values, _ = calibrated((2,), (2,), H=1, tokens=64)
+    values *= 1e6
+    positions = torch.arange(64, device=DEVICE)
+    found = kernels.compress(method, keys, values, layer, positions=positions)
+    for stored, same in zip(found, method.compress(keys, values, layer, positions=positions)[0], strict=True):
+        assert torch.equal(stored, same)
+
+
 def test_a_block_that_is_replayed_is_that_of_a_growing_cache(monkeypatch):
     method, layer, keys, values, _ = calibrated((3, 1), (2,), H=1, tokens=160)
     held = CompressedLayer(method, layer, CachePolicy(sinks=4, window=24), Backend("triton", kernels))
