@@ -54,17 +54,18 @@ def attend(
             queries, packed, codecs[0], scale=scale, softcap=softcap, bias=bias, bias_unit=unit, launch=launch
         )
     B, _, N = kv.outside.shape
+    # of a kind that a sequence does not have, it reads no page at all
+    kinds = torch.arange(4, dtype=torch.uint8, device=kv.outside.device)
+    lengths = (kv.outside.reshape(1, B, -1) == kinds[:, None, None]).any(-1) * (N if pages is None else pages)
     parts = []
-    for kind, codec in enumerate(codecs):
-        # of a kind that a sequence does not have, it reads no page at all
-        length = (N if pages is None else pages) * (kv.outside == kind).reshape(B, -1).any(-1)
+    for kind, (codec, length) in enumerate(zip(codecs, lengths.to(torch.int32), strict=True)):
         part = attend_packed(
             queries,
             packed,
             codec,
             scale=scale,
             softcap=softcap,
-            pages=length.to(torch.int32),
+            pages=length,
             bias=bias,
             bias_unit=unit,
             kinds=kv.outside,

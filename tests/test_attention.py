@@ -40,7 +40,7 @@ def test_parts_merge_exactly_and_their_weights_are_their_share(cuts):
     torch.testing.assert_close(merged.lse, whole.lse, rtol=0, atol=1e-12)
     p = (queries.reshape(2, 2, 3, 5, 16) @ keys[:, :, None].mT * 0.25 + bias[:, :, None, None]).softmax(-1)
     for part, c in zip(parts, pieces, strict=True):
-        torch.testing.assert_close(weight(part, merged.lse), p[..., c].sum(-1).flatten(1, 2), rtol=0, atol=1e-12)
+        torch.testing.assert_close(weight(part.lse, merged.lse), p[..., c].sum(-1).flatten(1, 2), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("tokens", [100, 0])
