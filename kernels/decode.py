@@ -116,7 +116,7 @@ def decode(
     u = ()
     total = ()
     for i in tl.static_range(VALUE_GROUPS if GAINS else 1):
-        u = u + (tl.full([WARPS, ROWS], 2.0**-24, tl.float32),)
+        u = u + (tl.full([WARPS], 2.0**-24, tl.float32),)
         total = total + (tl.zeros([WARPS, ROWS, 4], tl.float32),)
     out = ()
     for i in tl.static_range(VALUE_GROUPS):
@@ -191,11 +191,10 @@ def decode(
                 if VALUE_WIDTHS[i] > 0:
                     v = _gains(value_scale_at + 8 * i, used, WARPS)
             if GAINS or i == 0:
-                # always; it gives the result the layout of the maxima, or it goes through shared memory
-                largest = tl.where(new_m == new_m, tl.maximum(u[i], tl.max(v, 1)[:, None]), 1.0)
+                largest = tl.maximum(u[i], tl.max(v, 1))
                 # 1.5 * 2^23 puts the rounded weight in the low bits; + 128 makes the low byte signed
-                w = p * v[:, None, :] * (32512.0 / largest)[:, :, None] + 12583040.0
-                fade = shrink * (u[i] / largest)
+                w = p * (v * (32512.0 / largest)[:, None])[:, None, :] + 12583040.0
+                fade = shrink * (u[i] / largest)[:, None]
                 new_u = new_u + (largest,)
                 new_total = new_total + (total[i] * fade[:, :, None] + _quad_sum(w - 12583040.0, WARPS, ROWS),)
                 weights = _weights(w.to(tl.int32, bitcast=True), WARPS, ROWS)
@@ -219,7 +218,7 @@ def decode(
     base = (program.to(tl.int64) * splits + split) * ROWS + rows
     for i in tl.static_range(VALUE_GROUPS):
         if GAINS or i == 0:
-            part = share * (u[i] / 32512.0)
+            part = share * (u[i] / 32512.0)[:, None]
             sum_w = tl.sum(part * tl.sum(total[i], 2), 0)
         o = (tl.sum(out[i] * part[:, :, None], 0) - LEVEL_OFFSETS[i] * sum_w[:, None]) * inverse[:, None]
         tl.store(OUT + base[:, None] * (32 * VALUE_GROUPS) + 32 * i + tl.arange(0, 32)[None, :], o)
@@ -237,19 +236,12 @@ def _scales(pointers, used, W: tl.constexpr):
 @triton.jit
 def _gains(pointers, used, W: tl.constexpr):
     """The gains 2^(code/2) of one group at ``pointers`` [W, 1], float32 [W, 64] in token order."""
-    codes = _nibbles(pointers, used, W)
+    word = tl.arange(0, 8)[None, :]
+    words = tl.load(pointers + word, mask=used & (word >= 0), other=0)
+    codes = words[:, :, None] >> (4 * tl.arange(0, 8))[None, None, :] & 15
     # the exponent in half steps; an odd step's mantissa is sqrt(2)'s, not 1.5's
     bits = (codes << 22) - (codes & 1) * 0xAFB0D + 0x3F800000
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _nibbles(pointers, used, W: tl.constexpr):
-    """Codes of 4 bits, a page's 8 words at ``pointers`` [W, 1], int32 [W, 64] in token order."""
-    # a word for every token, so that it is copied and read in the order of the scores without a detour
-    stored, token = tl.arange(0, 64)[None, :], tl.arange(0, 64)[None, :]
-    words = tl.load(pointers + (stored // 16 * 2 + stored // 8 % 2), mask=used & (stored >= 0), other=0)
-    return _score_order(words, W) >> (token // 8 % 4 * 8 + token % 2 * 4) & 15
+    return _score_order(bits.to(tl.float32, bitcast=True), W)
 
 
 @triton.jit

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kvtool.kernels.decode import _halves, _nibbles, _quad_sum, _score_order, _weights
+from kvtool.kernels.decode import _halves, _quad_sum, _score_order, _weights
 from kvtool.kernels.fragments import SIGNS, fragment_bytes, fragments, key_operand, load_unit, value_operand
 
 LARGEST = tl.constexpr(1.75)  # of the levels, which are read as eighths
@@ -134,7 +134,7 @@ def decode(
 
     m = tl.full([WARPS, ROWS], -1e30, tl.float32)
     l = tl.zeros([WARPS, ROWS, 4], tl.float32)  # one partial sum a lane of the quad
-    u = tl.full([WARPS, ROWS], 2.0**-24, tl.float32)
+    u = tl.full([WARPS], 2.0**-24, tl.float32)
     total = tl.zeros([WARPS, ROWS, 4], tl.float32)
     out = ()
     for i in tl.static_range(GROUPS * PARTS):
@@ -215,10 +215,9 @@ def decode(
         p = tl.exp2(x + (absent - new_m)[:, :, None])
         l = l * shrink[:, :, None] + _quad_sum(p, WARPS, ROWS)
         v = _norms(VALUE_NORMS + norm_at, used, WARPS)
-        # always; the layout of the maxima, as in decode.py
-        largest = tl.where(new_m == new_m, tl.maximum(u, tl.max(v, 1)[:, None]), 1.0)
-        p = p * v[:, None, :] * (32512.0 / (largest * LARGEST))[:, :, None]
-        fade = shrink * (u / largest)
+        largest = tl.maximum(u, tl.max(v, 1))
+        p = p * (v * (32512.0 / (largest * LARGEST))[:, None])[:, None, :]
+        fade = shrink * (u / largest)[:, None]
         total = total * fade[:, :, None] + _quad_sum(p, WARPS, ROWS)
         for j in tl.static_range(VALUE_STAGES):
             new_out = ()
@@ -254,7 +253,7 @@ def decode(
     share = tl.exp2(m - top[None, :])
     sum_l = tl.sum(share * tl.sum(l, 2), 0)
     inverse = tl.where(sum_l > 0, 1.0 / sum_l, 0.0)
-    part = share * (u * LARGEST / 32512.0)
+    part = share * (u * LARGEST / 32512.0)[:, None]
     sum_v = tl.sum(part * tl.sum(total, 2), 0)
     base = (program.to(tl.int64) * splits + split) * ROWS + rows
     for i in tl.static_range(GROUPS * PARTS):
@@ -274,17 +273,18 @@ def _level(codes):
 @triton.jit
 def _levels(pointers, used, W: tl.constexpr):
     """The levels of one stage and sub-space at ``pointers`` [W, 1], float32 [W, 64] in token order."""
-    return _level(_nibbles(pointers, used, W))
+    word = tl.arange(0, 8)[None, :]
+    words = tl.load(pointers + word, mask=used & (word >= 0), other=0)
+    return _score_order(_level(words[:, :, None] >> (4 * tl.arange(0, 8))[None, None, :] & 15), W)
 
 
 @triton.jit
 def _norms(pointers, used, W: tl.constexpr):
     """The norms at ``pointers`` [W, 1], float32 [W, 64] in token order."""
-    # a word for every token, as in decode.py
-    stored, token = tl.arange(0, 64)[None, :], tl.arange(0, 64)[None, :]
-    words = tl.load(pointers + stored // 4, mask=used & (stored >= 0), other=0)
-    codes = _score_order(words, W) >> (token // 8 % 2 * 16 + token % 2 * 8) & 255
-    return (codes << 20).to(tl.float32, bitcast=True) * NORM_UNIT
+    word = tl.arange(0, 16)[None, :]
+    words = tl.load(pointers + word, mask=used & (word >= 0), other=0)
+    codes = words[:, :, None] >> (8 * tl.arange(0, 4))[None, None, :] & 255
+    return _score_order((codes << 20).to(tl.float32, bitcast=True) * NORM_UNIT, W)
 
 
 @triton.jit
