@@ -21,7 +21,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from kvtool import centring, packing, rotation
-from kvtool.errors import MethodOptionError
+from kvtool.errors import InputError, MethodOptionError
 from kvtool.methods.base import (
     LOOKS_BACK,
     WHOLE_PROMPT,
@@ -84,7 +84,10 @@ class Transform(Method):
 
     def __post_init__(self) -> None:
         if self.context is not None:
-            parse_tokens(self.context)
+            try:
+                parse_tokens(self.context)
+            except InputError as error:
+                raise ValueError(f"context: {error}") from error
         if self.evicts:
             # which tokens stay is a choice among all of a prompt
             object.__setattr__(self, "block", None)

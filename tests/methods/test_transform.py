@@ -7,7 +7,7 @@ import torch
 
 from kvtool import attention, codebooks, packing
 from kvtool.capture.sample import LayerSample
-from kvtool.errors import InputError, MethodOptionError, ModelError
+from kvtool.errors import MethodOptionError, ModelError
 from kvtool.methods import make_method
 from kvtool.methods.base import LayerCalibration, nbytes
 from kvtool.methods.transform import maps, widths
@@ -336,5 +336,5 @@ def test_the_context_served_is_the_models_own_or_the_one_asked_for():
     shape = FakeCapture().shape.model_copy(update={"context": 8192})
     assert make_method("transform", {}).longest(shape) == 8192
     assert make_method("transform", {"context": "32k"}).longest(shape) == 32768
-    with pytest.raises(InputError, match="length 'long'"):
+    with pytest.raises(MethodOptionError, match="context: length 'long'"):
         make_method("transform", {"context": "long"})
