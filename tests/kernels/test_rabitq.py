@@ -190,7 +190,7 @@ def test_bench_judges_and_counts_what_is_read():
     subject = Subject(method, calibrated(method, 64, 2, H=1), "a test")
     # of the same selection; the back end that takes no minutes in the interpreter
     assert check_numerics(subject, Backend("reference"), DEVICE) < 1e-3
-    found = _part(subject, Backend("triton", kernels), subject.cache(320, 1, DEVICE), 1, DEVICE)
+    found = _part(subject, Backend("triton", kernels), subject.cache(320, 1, DEVICE), 320, 1, DEVICE)
     sketch = 320 * (64 / 8 + 2)
     assert found["bytes"] == round(sketch + 2 * 64 * 320 * (found["kept"] + found["rescored"]))
     assert found["kept"] < found["rescored"] < 0.7
