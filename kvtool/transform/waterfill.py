@@ -167,13 +167,13 @@ def _measure(
         sample = beginning(whole, _TOKENS)
         seen = fitting.attention_of(sample, _QUERIES)
         keep = sample.positions >= centring.SINKS
-        x, away = (of(side, sample, statistics) for of in (fitting.vectors, fitting.examples))
+        x = fitting.examples(side, sample, statistics)
         for key, ((turn, variance), widths) in wanted.items():
             if key not in codes:
-                codes[key] = fitting.make_code(turn, variance, widths, away[:, keep][:, ::2])
+                codes[key] = fitting.make_code(turn, variance, widths, x[:, keep][:, ::2])
         if seen is None:
             for key, code in codes.items():
-                rest = away - chain.features(chain.encode(away, code), code) @ chain.decoder(code)
+                rest = x - chain.features(chain.encode(x, code), code) @ chain.decoder(code)
                 errors[key] += float(rest[:, keep].square().mean())
             power += float(x[:, keep].square().mean())
             continue
@@ -182,7 +182,7 @@ def _measure(
         if side == "key":
             exact = seen.logits.softmax(-1) @ values
             for key, code in codes.items():
-                rest = chain.features(chain.encode(away, code), code) @ chain.decoder(code) - away
+                rest = chain.features(chain.encode(x, code), code) @ chain.decoder(code) - x
                 rest = reach.moved(rest, sample.rope, sample.positions, statistics.far, back=True)
                 # what is added to the exact logits is the error of the coded tokens alone
                 found = fitting.logits(seen.queries, sample.keys.float() + rest, sample.shape)
