@@ -90,7 +90,7 @@ def bench(
         batches = [_batch(part) for part in batch.split(",")]
         tokens = 0 if prefill == "0" else parse_tokens(prefill)
         options = {"backend": backend, "prefill": tokens, "device": chosen, "as_json": as_json}
-        records = end_to_end.run(model_shape, bits, asked or calibration, contexts, batches, **options)
+        records = end_to_end.run(model_shape or DEFAULT_SHAPE, bits, asked or calibration, contexts, batches, **options)
         _gate(records, fail_if_slower_than)
         return
     subject = _subject(model_shape, bits, asked or calibration)

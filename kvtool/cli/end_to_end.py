@@ -17,7 +17,7 @@ _NAMES = {
 
 
 def run(
-    model_shape: str | None,
+    model_shape: str,
     bits: int,
     chosen: Any,
     contexts: list[int],
@@ -38,7 +38,6 @@ def run(
     from kvtool.bench.whole_model import attention_shape
     from kvtool.calibration import Calibration
 
-    model_shape = model_shape or "llama-3.1-8b"
     made: Any
     if chosen is None:
         made = data_free_method(bits)
